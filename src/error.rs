@@ -1,0 +1,198 @@
+use std::error::Error as StdError;
+
+type Source = Box<dyn StdError + Send + Sync>;
+
+/// What every fallible operation of this crate returns.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, and on what.
+///
+/// The message of an error never repeats its cause: print the whole chain of
+/// [`source`](std::error::Error::source)s to see both. No message in the chain holds a password or
+/// a connection string.
+///
+/// | Variant | What to do |
+/// |---|---|
+/// | [`InvalidProjection`](Error::InvalidProjection), [`InvalidOffset`](Error::InvalidOffset), [`InvalidIdentifier`](Error::InvalidIdentifier) | mend the caller; nothing was sent and nothing has changed |
+/// | [`Conflict`](Error::Conflict) | roll back, read the offset again, go on from there: another worker has moved the checkpoint |
+/// | [`IncompatibleTable`](Error::IncompatibleTable) | mend the table, or configure another name |
+/// | [`Unavailable`](Error::Unavailable) | try again later; read the offset first where a write was under way |
+/// | [`Backend`](Error::Backend) | try again in a new transaction if [`is_transient`](Error::is_transient), otherwise mend what the cause names |
+///
+/// # Examples
+///
+/// ```
+/// use checkpoint_store::{CheckpointStore, Error, MemoryCheckpointStore};
+///
+/// let store = MemoryCheckpointStore::new();
+/// match store.advance("orders", 7, 8) {
+///     Err(Error::Conflict { expected, found, .. }) => assert_eq!((expected, found), (7, 0)),
+///     other => panic!("{other:?}"),
+/// }
+/// ```
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The projection's name is one that no store takes; see
+    /// [`validate_projection`](crate::validate_projection).
+    #[error("invalid projection name {}: {reason}", abridged(name))]
+    InvalidProjection {
+        /// The name as it was given.
+        name: String,
+        /// Why it is refused.
+        reason: &'static str,
+    },
+
+    /// The offset cannot be stored, or not at this point.
+    #[error("invalid offset {offset}: {reason}")]
+    InvalidOffset {
+        /// The offset as it was given.
+        offset: i64,
+        /// Why it is refused.
+        reason: &'static str,
+    },
+
+    /// A schema or table name that PostgreSQL would refuse or cut short.
+    #[error("invalid identifier {}: {reason}", abridged(identifier))]
+    InvalidIdentifier {
+        /// The identifier as it was given.
+        identifier: String,
+        /// Why it is refused.
+        reason: &'static str,
+    },
+
+    /// A compare-and-set found another offset than the expected one, and changed nothing.
+    #[error("projection {projection:?} is at offset {found}, not at {expected} as expected")]
+    Conflict {
+        /// The projection.
+        projection: String,
+        /// The offset that the caller expected.
+        expected: i64,
+        /// The offset that is stored; 0 when there is none.
+        found: i64,
+    },
+
+    /// The table is there, but is not one that this crate can use.
+    #[error("table {table} cannot hold checkpoints: {reason}")]
+    IncompatibleTable {
+        /// The table's quoted name.
+        table: String,
+        /// What does not fit.
+        reason: String,
+    },
+
+    /// There is no connection, or it was lost. If a write was under way its outcome is unknown:
+    /// it happened as a whole or not at all.
+    #[error("the checkpoint store is not available")]
+    Unavailable {
+        /// The cause.
+        source: Source,
+    },
+
+    /// The store refused or failed.
+    #[error("{operation} failed")]
+    Backend {
+        /// What was tried, as a method's name: `save`, say.
+        operation: &'static str,
+        /// The cause.
+        source: Source,
+    },
+}
+
+impl Error {
+    /// Wraps the failure of a store's own backend. For custom stores.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use checkpoint_store::Error;
+    ///
+    /// let error = Error::backend("save", std::io::Error::other("disk full"));
+    /// assert_eq!(error.to_string(), "save failed");
+    /// ```
+    pub fn backend(operation: &'static str, source: impl Into<Source>) -> Self {
+        Self::Backend { operation, source: source.into() }
+    }
+
+    /// Whether this is a [`Conflict`](Error::Conflict): another worker has moved the checkpoint.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
+    ///
+    /// let store = MemoryCheckpointStore::new();
+    /// store.save("orders", 5)?;
+    /// assert!(store.advance("orders", 4, 6).unwrap_err().is_conflict());
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    #[must_use]
+    pub fn is_conflict(&self) -> bool {
+        matches!(self, Self::Conflict { .. })
+    }
+
+    /// Whether the same work is worth another try in a new transaction, without mending anything
+    /// first: a lost connection, a deadlock, a serialization failure, a lock that was not to be
+    /// had. The decision is made on PostgreSQL's SQLSTATE, never on a message.
+    ///
+    /// `false` for a [`Conflict`](Error::Conflict): the same work has been done by somebody else.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use checkpoint_store::Error;
+    ///
+    /// let lost = Error::Unavailable { source: "connection reset".into() };
+    /// assert!(lost.is_transient());
+    /// assert!(!Error::backend("save", "disk full").is_transient());
+    /// ```
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Unavailable { source } => transience(source.as_ref()).unwrap_or(true),
+            Self::Backend { source, .. } => transience(source.as_ref()).unwrap_or(false),
+            _ => false,
+        }
+    }
+}
+
+/// What the cause itself says about trying again, if it says anything.
+#[cfg(feature = "postgres")]
+fn transience(source: &(dyn StdError + 'static)) -> Option<bool> {
+    crate::pg::transience(source)
+}
+
+#[cfg(not(feature = "postgres"))]
+fn transience(_source: &(dyn StdError + 'static)) -> Option<bool> {
+    None
+}
+
+/// The quoted text, cut where it would drown the message.
+fn abridged(text: &str) -> String {
+    const SHOWN: usize = 64;
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{:?}... ({} bytes)", &text[..end], text.len()),
+        None => format!("{text:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_name_is_cut_in_the_message_and_whole_in_the_field() {
+        let name = "ü".repeat(2_000);
+        let error = Error::InvalidProjection { name: name.clone(), reason: "too long" };
+        let shown = error.to_string();
+        assert!(shown.len() < 250 && shown.contains("4000 bytes"), "{shown}");
+        assert!(matches!(error, Error::InvalidProjection { name: kept, .. } if kept == name));
+    }
+
+    #[test]
+    fn a_cause_is_in_the_source_and_not_in_the_message() {
+        let error = Error::backend("save", "disk full");
+        assert_eq!(error.to_string(), "save failed");
+        assert_eq!(error.source().map(ToString::to_string).as_deref(), Some("disk full"));
+    }
+}

@@ -1,0 +1,135 @@
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use crate::checkpoint::{validate_advance, validate_all, validate_offset, validate_projection};
+use crate::{Checkpoint, CheckpointStore, Error, Result};
+
+/// A store in this process's memory, for tests and for read models that live in memory too.
+///
+/// It gives the same answers and the same refusals as the PostgreSQL store, so that a test on it
+/// finds what PostgreSQL would refuse. It still works after a thread has panicked while using it.
+/// To share one among threads borrow it, or put it into an [`Arc`](std::sync::Arc).
+///
+/// Everything is gone when it is dropped.
+///
+/// # Examples
+///
+/// ```
+/// use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
+/// use std::sync::Arc;
+///
+/// let store = Arc::new(MemoryCheckpointStore::new());
+/// let worker = Arc::clone(&store);
+/// std::thread::spawn(move || worker.save("orders", 42)).join().expect("no panic")?;
+/// assert_eq!(store.get("orders")?, 42);
+/// # Ok::<(), checkpoint_store::Error>(())
+/// ```
+#[derive(Debug, Default)]
+pub struct MemoryCheckpointStore {
+    rows: Mutex<HashMap<String, Row>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Row {
+    offset: i64,
+    updated_at: SystemTime,
+}
+
+impl Row {
+    fn now(offset: i64) -> Self {
+        Self { offset, updated_at: SystemTime::now() }
+    }
+}
+
+impl MemoryCheckpointStore {
+    /// An empty store.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
+    ///
+    /// assert!(MemoryCheckpointStore::new().all()?.is_empty());
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Nothing panics between two changes of the map, so a poisoned one is still whole.
+    fn rows(&self) -> MutexGuard<'_, HashMap<String, Row>> {
+        self.rows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Allocates for a projection that is new, and for no other.
+fn put(rows: &mut HashMap<String, Row>, projection: &str, offset: i64) {
+    let row = Row::now(offset);
+    match rows.get_mut(projection) {
+        Some(stored) => *stored = row,
+        None => {
+            rows.insert(projection.to_owned(), row);
+        }
+    }
+}
+
+impl CheckpointStore for MemoryCheckpointStore {
+    fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
+        validate_projection(projection)?;
+        let row = self.rows().get(projection).copied();
+        Ok(row.map(|row| Checkpoint::new(projection, row.offset, row.updated_at)))
+    }
+
+    fn all(&self) -> Result<Vec<Checkpoint>> {
+        let mut checkpoints: Vec<_> = self
+            .rows()
+            .iter()
+            .map(|(name, row)| Checkpoint::new(name, row.offset, row.updated_at))
+            .collect();
+        checkpoints.sort_unstable_by(|a, b| a.projection.cmp(&b.projection));
+        Ok(checkpoints)
+    }
+
+    fn save(&self, projection: &str, offset: i64) -> Result<()> {
+        validate_projection(projection)?;
+        validate_offset(offset)?;
+        put(&mut self.rows(), projection, offset);
+        Ok(())
+    }
+
+    fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
+        validate_advance(projection, from, to)?;
+        let mut rows = self.rows();
+        let found = rows.get(projection).map_or(0, |row| row.offset);
+        if found != from {
+            return Err(Error::Conflict {
+                projection: projection.to_owned(),
+                expected: from,
+                found,
+            });
+        }
+        put(&mut rows, projection, to);
+        Ok(())
+    }
+
+    fn delete(&self, projection: &str) -> Result<bool> {
+        validate_projection(projection)?;
+        Ok(self.rows().remove(projection).is_some())
+    }
+
+    fn get(&self, projection: &str) -> Result<i64> {
+        validate_projection(projection)?;
+        Ok(self.rows().get(projection).map_or(0, |row| row.offset))
+    }
+
+    fn save_many(&self, checkpoints: &[(&str, i64)]) -> Result<()> {
+        validate_all(checkpoints)?;
+        let mut rows = self.rows();
+        for &(projection, offset) in checkpoints {
+            put(&mut rows, projection, offset);
+        }
+        Ok(())
+    }
+}
