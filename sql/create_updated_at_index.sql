@@ -1,0 +1,1 @@
+CREATE INDEX ON public.projection_checkpoints (updated_at);

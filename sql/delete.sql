@@ -1,0 +1,2 @@
+DELETE FROM public.projection_checkpoints
+WHERE projection_name = $1;

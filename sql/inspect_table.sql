@@ -1,0 +1,26 @@
+SELECT class.relkind::text AS kind,
+       attribute.attname::text AS column_name,
+       format_type(attribute.atttypid, attribute.atttypmod) AS type_name,
+       attribute.attnotnull AS not_null,
+       attribute.atthasdef OR attribute.attidentity <> '' AS filled_by_default,
+       EXISTS (
+           SELECT
+           FROM pg_index
+           WHERE pg_index.indrelid = class.oid
+             AND pg_index.indisprimary
+             AND pg_index.indimmediate
+             AND pg_index.indnkeyatts = 1
+             AND pg_index.indkey[0] = attribute.attnum
+       ) AS is_primary_key,
+       EXISTS (
+           SELECT
+           FROM pg_index
+           WHERE pg_index.indrelid = class.oid
+             AND pg_index.indisvalid
+             AND pg_index.indkey[0] = attribute.attnum
+       ) AS is_indexed
+FROM pg_class AS class
+JOIN pg_attribute AS attribute
+  ON attribute.attrelid = class.oid AND attribute.attnum > 0 AND NOT attribute.attisdropped
+WHERE class.oid = to_regclass($1)
+ORDER BY attribute.attnum;

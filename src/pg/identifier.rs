@@ -1,0 +1,102 @@
+use std::fmt;
+
+use crate::{Error, Result};
+
+/// PostgreSQL cuts longer identifiers short, with no more than a notice.
+const MAX_IDENTIFIER_BYTES: usize = 63;
+
+/// A checked, quoted identifier.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Identifier(String);
+
+impl Identifier {
+    pub(crate) fn new(identifier: &str) -> Result<Self> {
+        let reason = if identifier.is_empty() {
+            "it is empty"
+        } else if identifier.len() > MAX_IDENTIFIER_BYTES {
+            "it is longer than 63 bytes, and PostgreSQL would cut it short"
+        } else if identifier.contains('\0') {
+            "it contains a NUL character"
+        } else {
+            return Ok(Self(format!("\"{}\"", identifier.replace('"', "\"\""))));
+        };
+        Err(Error::InvalidIdentifier { identifier: identifier.to_owned(), reason })
+    }
+}
+
+impl fmt::Display for Identifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Where the checkpoints live, and the one place that puts a name into SQL.
+#[derive(Debug, Clone)]
+pub(crate) struct Table {
+    schema: Identifier,
+    table: Identifier,
+}
+
+impl Table {
+    /// The name by which the files in `sql/` call the table, and its schema.
+    const IN_FILES: &str = "public.projection_checkpoints";
+    const SCHEMA_IN_FILES: &str = "public";
+
+    pub(crate) fn new(schema: &str, table: &str) -> Result<Self> {
+        Ok(Self { schema: Identifier::new(schema)?, table: Identifier::new(table)? })
+    }
+
+    pub(crate) fn projection_checkpoints() -> Self {
+        Self {
+            schema: Identifier("\"public\"".to_owned()),
+            table: Identifier("\"projection_checkpoints\"".to_owned()),
+        }
+    }
+
+    pub(crate) fn render(&self, sql: &str) -> String {
+        sql.replace(Self::IN_FILES, &self.to_string())
+    }
+
+    /// For the one statement that names the schema alone.
+    pub(crate) fn render_schema(&self, sql: &str) -> String {
+        sql.replace(Self::SCHEMA_IN_FILES, &self.schema.to_string())
+    }
+
+    pub(crate) fn schema(&self) -> &Identifier {
+        &self.schema
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.schema, self.table)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quotes_are_doubled_and_nothing_else_is_touched() -> Result<()> {
+        assert_eq!(Identifier::new("Check\"points; --")?.to_string(), "\"Check\"\"points; --\"");
+        Ok(())
+    }
+
+    #[test]
+    fn what_postgres_would_cut_or_refuse_is_refused() {
+        for bad in ["", "nul\0", &"x".repeat(64), &"ü".repeat(32)] {
+            let refused = Identifier::new(bad);
+            assert!(matches!(refused, Err(Error::InvalidIdentifier { .. })), "{bad:?}");
+        }
+        assert!(Identifier::new(&"x".repeat(63)).is_ok());
+    }
+
+    #[test]
+    fn a_table_named_like_the_placeholder_is_rendered_once() -> Result<()> {
+        let table = Table::new("s", "public.projection_checkpoints")?;
+        let rendered = table.render("SELECT FROM public.projection_checkpoints");
+        assert_eq!(rendered, "SELECT FROM \"s\".\"public.projection_checkpoints\"");
+        Ok(())
+    }
+}

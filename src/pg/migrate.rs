@@ -1,0 +1,132 @@
+use std::error::Error as StdError;
+
+use postgres::types::Type;
+use postgres::{Client, GenericClient};
+
+use super::identifier::Table;
+
+/// Any number will do, as long as every process that migrates takes the same one.
+const MIGRATION_LOCK: i64 = 0x6368_6563_6b70_6f69;
+
+/// What became of the table.
+pub(crate) enum Migration {
+    Ready,
+    Incompatible(String),
+}
+
+type Outcome<T> = Result<T, Box<dyn StdError + Send + Sync>>;
+
+/// Brings the table into being, unless it is there: then it needs no right to create anything.
+///
+/// `CREATE ... IF NOT EXISTS` fails with a unique violation when two run it at once, so whoever
+/// has something to create does it under an advisory lock, and looks again once it has it.
+pub(crate) fn migrate(
+    client: &mut Client,
+    table: &Table,
+    updated_at_index: bool,
+) -> Outcome<Migration> {
+    if let Some(columns) = inspect(client, table)? {
+        if let Some(reason) = misfit(&columns) {
+            return Ok(Migration::Incompatible(reason));
+        }
+        if !updated_at_index || is_indexed(&columns) {
+            return Ok(Migration::Ready);
+        }
+    }
+    let mut tx = client.transaction()?;
+    tx.execute_typed("SELECT pg_advisory_xact_lock($1)", &[(&MIGRATION_LOCK, Type::INT8)])?;
+    if inspect(&mut tx, table)?.is_none() {
+        let schema: Option<String> = tx
+            .query_typed_one(
+                "SELECT to_regnamespace($1)::text",
+                &[(&table.schema().to_string(), Type::TEXT)],
+            )?
+            .try_get(0)?;
+        if schema.is_none() {
+            tx.batch_execute(&table.render_schema(include_str!("../../sql/create_schema.sql")))?;
+        }
+        tx.batch_execute(&table.render(include_str!("../../sql/create_table.sql")))?;
+    }
+    let columns = inspect(&mut tx, table)?.unwrap_or_default();
+    if let Some(reason) = misfit(&columns) {
+        return Ok(Migration::Incompatible(reason));
+    }
+    if updated_at_index && !is_indexed(&columns) {
+        tx.batch_execute(&table.render(include_str!("../../sql/create_updated_at_index.sql")))?;
+    }
+    tx.commit()?;
+    Ok(Migration::Ready)
+}
+
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact about the column")]
+struct Column {
+    kind: String,
+    name: String,
+    type_name: String,
+    not_null: bool,
+    filled_by_default: bool,
+    is_primary_key: bool,
+    is_indexed: bool,
+}
+
+/// The table's columns, or `None` when there is no such table.
+fn inspect(client: &mut impl GenericClient, table: &Table) -> Outcome<Option<Vec<Column>>> {
+    let rows = client.query_typed(
+        include_str!("../../sql/inspect_table.sql"),
+        &[(&table.to_string(), Type::TEXT)],
+    )?;
+    let columns = rows
+        .iter()
+        .map(|row| {
+            Ok(Column {
+                kind: row.try_get("kind")?,
+                name: row.try_get("column_name")?,
+                type_name: row.try_get("type_name")?,
+                not_null: row.try_get("not_null")?,
+                filled_by_default: row.try_get("filled_by_default")?,
+                is_primary_key: row.try_get("is_primary_key")?,
+                is_indexed: row.try_get("is_indexed")?,
+            })
+        })
+        .collect::<Result<Vec<_>, postgres::Error>>()?;
+    Ok(Some(columns).filter(|columns| !columns.is_empty()))
+}
+
+const UPDATED_AT: &str = "updated_at";
+const COLUMNS: [(&str, &str); 3] =
+    [("projection_name", "text"), ("offset", "bigint"), (UPDATED_AT, "timestamp with time zone")];
+
+/// Why a table with these columns cannot hold checkpoints, if it cannot.
+fn misfit(columns: &[Column]) -> Option<String> {
+    if columns.iter().any(|column| !matches!(column.kind.as_str(), "r" | "p")) {
+        return Some("it is not a table".to_owned());
+    }
+    for (name, type_name) in COLUMNS {
+        let Some(column) = columns.iter().find(|column| column.name == name) else {
+            return Some(format!("it has no column {name:?}"));
+        };
+        if column.type_name != type_name {
+            return Some(format!(
+                "its column {name:?} is of type {}, not {type_name}",
+                column.type_name
+            ));
+        }
+        if !column.not_null {
+            return Some(format!("its column {name:?} can be null"));
+        }
+        if name == "projection_name" && !column.is_primary_key {
+            return Some(format!("its primary key is not {name:?} alone"));
+        }
+    }
+    columns
+        .iter()
+        .find(|column| {
+            let ours = COLUMNS.iter().any(|(name, _)| *name == column.name);
+            !ours && column.not_null && !column.filled_by_default
+        })
+        .map(|column| format!("its column {:?} wants a value in every row", column.name))
+}
+
+fn is_indexed(columns: &[Column]) -> bool {
+    columns.iter().any(|column| column.name == UPDATED_AT && column.is_indexed)
+}

@@ -1,0 +1,355 @@
+mod builder;
+mod failure;
+mod identifier;
+mod migrate;
+mod pool;
+mod queries;
+mod transaction;
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use postgres::{Client, NoTls, Transaction};
+use r2d2::{ManageConnection, Pool, PooledConnection};
+use r2d2_postgres::PostgresConnectionManager;
+
+pub use self::builder::PostgresCheckpointStoreBuilder;
+pub(crate) use self::failure::transience;
+pub use self::transaction::InTransaction;
+
+use self::failure::{failure, is_connection_loss, no_connection};
+use self::identifier::Table;
+use self::migrate::{Migration, migrate};
+use self::pool::ConnectWatch;
+use self::queries::{Queries, Unnamed};
+use crate::checkpoint::{validate_advance, validate_all, validate_offset, validate_projection};
+use crate::{Checkpoint, CheckpointStore, Error, Result};
+
+/// Checkpoints in a PostgreSQL table, through a pool of connections.
+///
+/// A clone is another handle on the same pool. Threads may share one store, or hold clones.
+///
+/// # Connections
+///
+/// An operation takes a connection from the pool for as long as it runs, one round trip, and waits
+/// for one as long as the pool's `connection_timeout` says. No connection is tested when it is
+/// taken out. When one turns out to be dead, because the server was restarted, say, operations
+/// that can be repeated safely go on with a fresh one: `find`, `get`, `all`, `save`, `save_many`
+/// and `delete`. The caller sees [`Unavailable`](Error::Unavailable) only when the pool's
+/// `connection_timeout` has passed. A repeated `delete` may say `false` for what its first try has
+/// deleted.
+///
+/// `advance` is not repeated once the server may have seen it, for the second one would find the
+/// first one's offset: it returns `Unavailable`, and the caller reads the offset again. Once a
+/// connection was lost, the others from before are tested before an `advance` uses them, so that
+/// one outage is one error, not one for each connection.
+///
+/// # Statements
+///
+/// Statements are unnamed, so a pooler such as PgBouncer in transaction mode may stand between.
+///
+/// # Examples
+///
+/// ```no_run
+/// use checkpoint_store::{CheckpointStore, PostgresCheckpointStore};
+///
+/// let store = PostgresCheckpointStore::connect("postgres://app:secret@localhost/app")?;
+/// store.migrate()?;
+/// store.save("orders", 42)?;
+/// assert_eq!(store.get("orders")?, 42);
+/// # Ok::<(), checkpoint_store::Error>(())
+/// ```
+pub struct PostgresCheckpointStore<M = PostgresConnectionManager<NoTls>>
+where
+    M: ManageConnection<Connection = Client>,
+{
+    pool: Pool<M>,
+    shared: Arc<Shared>,
+}
+
+/// What every handle on the same store has in common, besides the pool.
+struct Shared {
+    queries: Queries,
+    updated_at_index: bool,
+    watch: Option<ConnectWatch>,
+    /// How many connections were lost so far.
+    losses: AtomicU64,
+}
+
+/// Kept with a pooled connection: the count of losses at which it was last known to work.
+struct KnownToWork(u64);
+
+impl PostgresCheckpointStore {
+    /// Connects with all defaults: no TLS, table `public.projection_checkpoints`, at most 10
+    /// connections.
+    ///
+    /// # Errors
+    ///
+    /// As [`PostgresCheckpointStoreBuilder::connect`], which says more about the parameters too.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # use checkpoint_store::PostgresCheckpointStore;
+    /// let store = PostgresCheckpointStore::connect("host=localhost user=app dbname=app")?;
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    pub fn connect(params: &str) -> Result<Self> {
+        Self::builder().connect(params)
+    }
+
+    /// Starts to configure a store.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::PostgresCheckpointStore;
+    /// let builder = PostgresCheckpointStore::builder().schema("staging").max_connections(4);
+    /// ```
+    pub fn builder() -> PostgresCheckpointStoreBuilder {
+        PostgresCheckpointStoreBuilder::default()
+    }
+}
+
+impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
+    /// Uses the caller's pool, with the table `public.projection_checkpoints`. For another table
+    /// see [`PostgresCheckpointStoreBuilder::build`]. No connection is made.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use checkpoint_store::PostgresCheckpointStore;
+    /// use checkpoint_store::postgres::NoTls;
+    /// use checkpoint_store::r2d2::Pool;
+    /// use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
+    ///
+    /// let params = "host=localhost user=app".parse().expect("valid parameters");
+    /// let pool = Pool::builder()
+    ///     .test_on_check_out(false) // each operation is one round trip, not two
+    ///     .build_unchecked(PostgresConnectionManager::new(params, NoTls));
+    /// let store = PostgresCheckpointStore::new(pool);
+    /// ```
+    #[must_use]
+    pub fn new(pool: Pool<M>) -> Self {
+        Self::assemble(pool, Table::projection_checkpoints(), false, None)
+    }
+
+    fn assemble(
+        pool: Pool<M>,
+        table: Table,
+        updated_at_index: bool,
+        watch: Option<ConnectWatch>,
+    ) -> Self {
+        let queries = Queries::new(table);
+        let shared = Shared { queries, updated_at_index, watch, losses: AtomicU64::new(0) };
+        Self { pool, shared: Arc::new(shared) }
+    }
+
+    /// Makes the table, and the schema, where they are missing. Nothing else of this crate runs
+    /// DDL.
+    ///
+    /// Any number of processes may call it at once. Where the table stands already nothing is
+    /// created, and no right to create anything is needed; its columns are checked. Once it
+    /// stands, `USAGE` on the schema and `SELECT`, `INSERT`, `UPDATE`, `DELETE` on the table are
+    /// enough for everything.
+    ///
+    /// # Errors
+    ///
+    /// [`IncompatibleTable`](Error::IncompatibleTable) when the table has other columns, types,
+    /// nullability or another primary key; columns besides are fine if rows can do without them.
+    /// [`Backend`](Error::Backend) when the role lacks the right to create what is missing;
+    /// [`Unavailable`](Error::Unavailable).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # use checkpoint_store::PostgresCheckpointStore;
+    /// let store = PostgresCheckpointStore::connect("host=localhost user=app")?;
+    /// store.migrate()?;
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    pub fn migrate(&self) -> Result<()> {
+        let Queries { table, .. } = &self.shared.queries;
+        let migration = self.repeatable("migrate", format_args!("table {table}"), |client| {
+            migrate(client, table, self.shared.updated_at_index)
+        })?;
+        match migration {
+            Migration::Ready => Ok(()),
+            Migration::Incompatible(reason) => {
+                Err(Error::IncompatibleTable { table: table.to_string(), reason })
+            }
+        }
+    }
+
+    /// The store's operations inside the caller's transaction, on whatever connection that is; so
+    /// the read model and the checkpoint commit together, and each event counts exactly once.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn f(store: checkpoint_store::PostgresCheckpointStore) -> Result<(), Box<dyn std::error::Error>> {
+    /// let mut client = store.pool().get()?;
+    /// let mut tx = client.transaction()?;
+    /// let offset = store.in_transaction(&mut tx).lock("orders")?;
+    /// tx.execute("UPDATE totals SET orders = orders + 1", &[])?;
+    /// store.in_transaction(&mut tx).save("orders", offset + 1)?;
+    /// tx.commit()?;
+    /// # Ok(()) }
+    /// ```
+    pub fn in_transaction<'a, 'c>(&'a self, tx: &'a mut Transaction<'c>) -> InTransaction<'a, 'c> {
+        InTransaction { queries: &self.shared.queries, tx }
+    }
+
+    /// The pool, to run the caller's own statements and transactions on.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # use checkpoint_store::PostgresCheckpointStore;
+    /// # let store = PostgresCheckpointStore::connect("host=localhost user=app")?;
+    /// println!("{} connections are open", store.pool().state().connections);
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    #[must_use]
+    pub fn pool(&self) -> &Pool<M> {
+        &self.pool
+    }
+
+    /// Runs what may run twice, on fresh connections for as long as the pool's time-out allows.
+    fn repeatable<T>(
+        &self,
+        operation: &'static str,
+        subject: impl fmt::Display,
+        mut run: impl FnMut(&mut Client) -> Result<T, Box<dyn StdError + Send + Sync>>,
+    ) -> Result<T> {
+        let deadline = Instant::now() + self.pool.connection_timeout();
+        loop {
+            let mut client = self.connection(operation, &subject, deadline)?;
+            match run(&mut client) {
+                Err(cause) if is_connection_loss(cause.as_ref()) => {
+                    self.shared.losses.fetch_add(1, Ordering::Relaxed);
+                    if Instant::now() >= deadline {
+                        return Err(failure(operation, subject, cause));
+                    }
+                }
+                outcome => return outcome.map_err(|cause| failure(operation, subject, cause)),
+            }
+        }
+    }
+
+    /// Runs what must not run twice, on a connection that is known to work as far as that can be
+    /// known without a round trip.
+    fn once<T>(
+        &self,
+        operation: &'static str,
+        subject: impl fmt::Display,
+        run: impl FnOnce(&mut Client) -> Result<T, Box<dyn StdError + Send + Sync>>,
+    ) -> Result<T> {
+        let deadline = Instant::now() + self.pool.connection_timeout();
+        let losses = self.shared.losses.load(Ordering::Relaxed);
+        let mut client = loop {
+            let mut client = self.connection(operation, &subject, deadline)?;
+            let known = PooledConnection::extensions(&client).get::<KnownToWork>();
+            if losses == known.map_or(0, |known| known.0) {
+                break client;
+            }
+            if client.check_connection().is_ok() {
+                PooledConnection::extensions_mut(&mut client).insert(KnownToWork(losses));
+                break client;
+            }
+        };
+        run(&mut client).map_err(|cause| {
+            if is_connection_loss(cause.as_ref()) {
+                self.shared.losses.fetch_add(1, Ordering::Relaxed);
+            }
+            failure(operation, subject, cause)
+        })
+    }
+
+    fn connection(
+        &self,
+        operation: &'static str,
+        subject: impl fmt::Display,
+        deadline: Instant,
+    ) -> Result<PooledConnection<M>> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        self.pool.get_timeout(left).map_err(|timeout| {
+            match self.shared.watch.as_ref().and_then(ConnectWatch::last_failure) {
+                Some(cause) => no_connection(operation, subject, cause),
+                None => no_connection(operation, subject, timeout),
+            }
+        })
+    }
+}
+
+impl<M: ManageConnection<Connection = Client>> Clone for PostgresCheckpointStore<M> {
+    fn clone(&self) -> Self {
+        Self { pool: self.pool.clone(), shared: Arc::clone(&self.shared) }
+    }
+}
+
+impl<M: ManageConnection<Connection = Client>> fmt::Debug for PostgresCheckpointStore<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresCheckpointStore")
+            .field("table", &format_args!("{}", self.shared.queries.table))
+            .field("pool", &self.pool.state())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<M: ManageConnection<Connection = Client>> CheckpointStore for PostgresCheckpointStore<M> {
+    fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
+        validate_projection(projection)?;
+        let queries = &self.shared.queries;
+        self.repeatable("find", queries.about(projection), |client| {
+            queries.find(&mut Unnamed(client), projection)
+        })
+    }
+
+    fn all(&self) -> Result<Vec<Checkpoint>> {
+        let queries = &self.shared.queries;
+        self.repeatable("all", format_args!("table {}", queries.table), |client| {
+            queries.all(&mut Unnamed(client))
+        })
+    }
+
+    fn save(&self, projection: &str, offset: i64) -> Result<()> {
+        validate_projection(projection)?;
+        validate_offset(offset)?;
+        let queries = &self.shared.queries;
+        self.repeatable("save", queries.about(projection), |client| {
+            queries.save(&mut Unnamed(client), projection, offset)
+        })
+    }
+
+    fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
+        validate_advance(projection, from, to)?;
+        let queries = &self.shared.queries;
+        let found = self.once("advance", queries.about(projection), |client| {
+            queries.advance(&mut Unnamed(client), projection, from, to)
+        })?;
+        Queries::moved_or_conflict(projection, from, found)
+    }
+
+    fn delete(&self, projection: &str) -> Result<bool> {
+        validate_projection(projection)?;
+        let queries = &self.shared.queries;
+        self.repeatable("delete", queries.about(projection), |client| {
+            queries.delete(&mut Unnamed(client), projection)
+        })
+    }
+
+    fn save_many(&self, checkpoints: &[(&str, i64)]) -> Result<()> {
+        validate_all(checkpoints)?;
+        if checkpoints.is_empty() {
+            return Ok(());
+        }
+        let queries = &self.shared.queries;
+        self.repeatable("save_many", queries.about_many(checkpoints), |client| {
+            queries.save_many(&mut Unnamed(client), checkpoints)
+        })
+    }
+}

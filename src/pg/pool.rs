@@ -1,0 +1,131 @@
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use postgres::Config;
+use r2d2::event::AcquireEvent;
+use r2d2::{HandleError, HandleEvent};
+
+/// How long one address may take to answer a connection attempt.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
+/// How long data that was sent may stay unacknowledged.
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
+/// When, how often and how many times a silent peer is asked whether it is there.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
+const KEEPALIVE_RETRIES: u32 = 3;
+/// What `postgres` says when the parameters do not name it.
+const POSTGRES_KEEPALIVE_IDLE: Duration = Duration::from_hours(2);
+
+/// Bounds the time that a dead network can take, where the caller has not.
+pub(crate) fn bound_network_waits(config: &mut Config) {
+    if config.get_connect_timeout().is_none() {
+        config.connect_timeout(CONNECT_TIMEOUT);
+    }
+    if config.get_tcp_user_timeout().is_none() {
+        config.tcp_user_timeout(TCP_USER_TIMEOUT);
+    }
+    if config.get_keepalives_idle() == POSTGRES_KEEPALIVE_IDLE {
+        config.keepalives_idle(KEEPALIVE_IDLE);
+    }
+    if config.get_keepalives_interval().is_none() {
+        config.keepalives_interval(KEEPALIVE_INTERVAL);
+    }
+    if config.get_keepalives_retries().is_none() {
+        config.keepalives_retries(KEEPALIVE_RETRIES);
+    }
+}
+
+/// Keeps what r2d2 only logs: why the last attempt to connect failed.
+#[derive(Clone, Default)]
+pub(crate) struct ConnectWatch(Arc<Watched>);
+
+#[derive(Default)]
+struct Watched {
+    last: Mutex<Option<Attempt>>,
+    changed: Condvar,
+}
+
+enum Attempt {
+    Connected,
+    Failed(Arc<postgres::Error>),
+}
+
+impl ConnectWatch {
+    fn last(&self) -> MutexGuard<'_, Option<Attempt>> {
+        self.0.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn record(&self, attempt: Attempt) {
+        *self.last() = Some(attempt);
+        self.0.changed.notify_all();
+    }
+
+    /// Waits for the first attempt to end, either way.
+    pub(crate) fn first_attempt(&self, timeout: Duration) -> Result<(), NoConnection> {
+        let deadline = Instant::now() + timeout;
+        let mut last = self.last();
+        loop {
+            match &*last {
+                Some(Attempt::Connected) => return Ok(()),
+                Some(Attempt::Failed(cause)) => {
+                    return Err(NoConnection { cause: Some(Arc::clone(cause)) });
+                }
+                None => {}
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(NoConnection { cause: None });
+            }
+            let waited = self.0.changed.wait_timeout(last, left);
+            last = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Why there is no connection to be had, if attempts to make one are failing.
+    pub(crate) fn last_failure(&self) -> Option<NoConnection> {
+        match &*self.last() {
+            Some(Attempt::Failed(cause)) => Some(NoConnection { cause: Some(Arc::clone(cause)) }),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Debug for ConnectWatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ConnectWatch")
+    }
+}
+
+impl HandleError<postgres::Error> for ConnectWatch {
+    fn handle_error(&self, error: postgres::Error) {
+        self.record(Attempt::Failed(Arc::new(error)));
+    }
+}
+
+impl HandleEvent for ConnectWatch {
+    fn handle_acquire(&self, _: AcquireEvent) {
+        self.record(Attempt::Connected);
+    }
+}
+
+/// No connection could be made in time.
+#[derive(Debug)]
+pub(crate) struct NoConnection {
+    cause: Option<Arc<postgres::Error>>,
+}
+
+impl fmt::Display for NoConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.cause {
+            Some(_) => "no connection could be made",
+            None => "the server did not answer in time",
+        })
+    }
+}
+
+impl std::error::Error for NoConnection {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.cause.as_deref().map(|cause| cause as _)
+    }
+}

@@ -1,0 +1,306 @@
+use postgres::Transaction;
+use postgres::error::SqlState;
+
+use super::failure::failure;
+use super::queries::{Attempt, Queries, Unnamed};
+use crate::checkpoint::{validate_advance, validate_all, validate_offset, validate_projection};
+use crate::{Checkpoint, Error, Result};
+
+/// The store's operations inside the caller's own transaction; made by
+/// [`in_transaction`](super::PostgresCheckpointStore::in_transaction).
+///
+/// What it writes is seen by nobody until the caller commits, and is gone when the caller rolls
+/// back, a savepoint included. It never commits, rolls back or changes a setting that outlasts the
+/// call, and never tries a statement twice on another connection: what became of the transaction
+/// is for the caller to say.
+///
+/// Bad input is refused before anything is sent, so it leaves the transaction usable. Any other
+/// error has aborted it, except where a method says otherwise.
+///
+/// # Save last, and return on `Err`
+///
+/// A failed statement aborts a PostgreSQL transaction, and a `COMMIT` then rolls back. The
+/// `commit` method of the `postgres` crate returns `Ok` all the same. So let `?` carry every error
+/// out of the function that owns the transaction, and make the save its last statement: if the
+/// save succeeded and nothing followed, there was nothing to abort it.
+///
+/// # Examples
+///
+/// ```no_run
+/// use checkpoint_store::{PostgresCheckpointStore, postgres};
+///
+/// fn project(
+///     store: &PostgresCheckpointStore,
+///     client: &mut postgres::Client,
+/// ) -> Result<(), Box<dyn std::error::Error>> {
+///     let mut tx = client.transaction()?;
+///     let offset = store.in_transaction(&mut tx).lock("orders")?;
+///     let last = tx.query_one(
+///         "WITH batch AS (SELECT * FROM events WHERE id > $1 ORDER BY id LIMIT 100),
+///               applied AS (INSERT INTO orders SELECT order_id, amount FROM batch)
+///          SELECT COALESCE(max(id), $1) FROM batch",
+///         &[&offset],
+///     )?;
+///     store.in_transaction(&mut tx).save("orders", last.get(0))?;
+///     tx.commit()?;
+///     Ok(())
+/// }
+/// ```
+#[must_use = "it does nothing until one of its methods is called"]
+pub struct InTransaction<'a, 'c> {
+    pub(super) queries: &'a Queries,
+    pub(super) tx: &'a mut Transaction<'c>,
+}
+
+impl InTransaction<'_, '_> {
+    /// The projection's checkpoint as this transaction sees it, or `None`. One round trip.
+    ///
+    /// It holds nothing: another worker may move the checkpoint before the commit. To go on from
+    /// what was read use [`lock`](InTransaction::lock) or [`advance`](InTransaction::advance).
+    ///
+    /// # Errors
+    ///
+    /// As [`CheckpointStore::find`](crate::CheckpointStore::find).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn f(store: checkpoint_store::PostgresCheckpointStore, mut tx: checkpoint_store::postgres::Transaction<'_>) -> checkpoint_store::Result<()> {
+    /// let checkpoint = store.in_transaction(&mut tx).find("orders")?;
+    /// # Ok(()) }
+    /// ```
+    pub fn find(&mut self, projection: &str) -> Result<Option<Checkpoint>> {
+        validate_projection(projection)?;
+        self.queries
+            .find(&mut Unnamed(self.tx), projection)
+            .map_err(|cause| self.failed("find", projection, cause))
+    }
+
+    /// The projection's offset as this transaction sees it, 0 when there is none. One round trip.
+    ///
+    /// # Errors
+    ///
+    /// As [`find`](InTransaction::find).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn f(store: checkpoint_store::PostgresCheckpointStore, mut tx: checkpoint_store::postgres::Transaction<'_>) -> checkpoint_store::Result<()> {
+    /// let offset = store.in_transaction(&mut tx).get("orders")?;
+    /// # Ok(()) }
+    /// ```
+    pub fn get(&mut self, projection: &str) -> Result<i64> {
+        Ok(self.find(projection)?.map_or(0, |checkpoint| checkpoint.offset))
+    }
+
+    /// Sets the checkpoint, forwards or back, from the commit on. One round trip.
+    ///
+    /// It holds the projection until the transaction ends: another writer of the same projection
+    /// waits. `updated_at` is the moment of this call, not the start of the transaction.
+    ///
+    /// # Errors
+    ///
+    /// As [`CheckpointStore::save`](crate::CheckpointStore::save).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn f(store: checkpoint_store::PostgresCheckpointStore, mut tx: checkpoint_store::postgres::Transaction<'_>) -> Result<(), Box<dyn std::error::Error>> {
+    /// tx.execute("UPDATE orders SET state = 'paid' WHERE id = $1", &[&17_i64])?;
+    /// store.in_transaction(&mut tx).save("orders", 43)?;
+    /// tx.commit()?;
+    /// # Ok(()) }
+    /// ```
+    pub fn save(&mut self, projection: &str, offset: i64) -> Result<()> {
+        validate_projection(projection)?;
+        validate_offset(offset)?;
+        self.queries
+            .save(&mut Unnamed(self.tx), projection, offset)
+            .map_err(|cause| self.failed("save", projection, cause))
+    }
+
+    /// Saves several checkpoints; of a name given twice the last one stays. One round trip, none
+    /// for no checkpoints.
+    ///
+    /// # Errors
+    ///
+    /// As [`CheckpointStore::save_many`](crate::CheckpointStore::save_many).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn f(store: checkpoint_store::PostgresCheckpointStore, mut tx: checkpoint_store::postgres::Transaction<'_>) -> checkpoint_store::Result<()> {
+    /// store.in_transaction(&mut tx).save_many(&[("orders", 43), ("revenue", 43)])?;
+    /// # Ok(()) }
+    /// ```
+    pub fn save_many(&mut self, checkpoints: &[(&str, i64)]) -> Result<()> {
+        validate_all(checkpoints)?;
+        self.queries
+            .save_many(&mut Unnamed(self.tx), checkpoints)
+            .map_err(|cause| failure("save_many", self.queries.about_many(checkpoints), cause))
+    }
+
+    /// Moves the checkpoint to `to`, only if it still is at `from`. One round trip.
+    ///
+    /// It waits for another transaction that holds the projection, and then compares with what
+    /// that one left. A `Conflict` leaves the transaction usable, but the work of this batch has
+    /// been done by somebody else: roll it back.
+    ///
+    /// # Errors
+    ///
+    /// As [`CheckpointStore::advance`](crate::CheckpointStore::advance). In a `REPEATABLE READ` or
+    /// `SERIALIZABLE` transaction a rival's commit is a serialization failure rather than a
+    /// `Conflict`: [`is_transient`](Error::is_transient).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn f(store: checkpoint_store::PostgresCheckpointStore, mut tx: checkpoint_store::postgres::Transaction<'_>) -> Result<(), Box<dyn std::error::Error>> {
+    /// let from = store.in_transaction(&mut tx).get("orders")?;
+    /// // apply events from + 1 to from + 100 ...
+    /// store.in_transaction(&mut tx).advance("orders", from, from + 100)?;
+    /// tx.commit()?;
+    /// # Ok(()) }
+    /// ```
+    pub fn advance(&mut self, projection: &str, from: i64, to: i64) -> Result<()> {
+        validate_advance(projection, from, to)?;
+        let found = self
+            .queries
+            .advance(&mut Unnamed(self.tx), projection, from, to)
+            .map_err(|cause| self.failed("advance", projection, cause))?;
+        Queries::moved_or_conflict(projection, from, found)
+    }
+
+    /// Forgets the projection, and says whether there was a checkpoint. One round trip.
+    ///
+    /// # Errors
+    ///
+    /// As [`CheckpointStore::delete`](crate::CheckpointStore::delete).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn f(store: checkpoint_store::PostgresCheckpointStore, mut tx: checkpoint_store::postgres::Transaction<'_>) -> Result<(), Box<dyn std::error::Error>> {
+    /// tx.execute("TRUNCATE orders", &[])?;
+    /// store.in_transaction(&mut tx).delete("orders")?;
+    /// tx.commit()?;
+    /// # Ok(()) }
+    /// ```
+    pub fn delete(&mut self, projection: &str) -> Result<bool> {
+        validate_projection(projection)?;
+        self.queries
+            .delete(&mut Unnamed(self.tx), projection)
+            .map_err(|cause| self.failed("delete", projection, cause))
+    }
+
+    /// Takes the projection for this transaction, and returns its offset. One round trip.
+    ///
+    /// Creates the checkpoint at 0 when there is none. Of two workers on one projection the second
+    /// waits here until the first one's transaction ends, and then sees the offset that it left.
+    /// It waits as long as that takes; `SET LOCAL lock_timeout` bounds it, and its error
+    /// [is transient](Error::is_transient).
+    ///
+    /// With [`save`](InTransaction::save) and the commit that makes exactly once. Call it first in
+    /// the transaction: what was read before it may be out of date.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidProjection`](Error::InvalidProjection); [`Unavailable`](Error::Unavailable) or
+    /// [`Backend`](Error::Backend), which is transient after a deadlock and, in a
+    /// `REPEATABLE READ` or `SERIALIZABLE` transaction, when a rival has committed since its
+    /// snapshot.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn f(store: checkpoint_store::PostgresCheckpointStore, mut tx: checkpoint_store::postgres::Transaction<'_>) -> checkpoint_store::Result<()> {
+    /// let offset = store.in_transaction(&mut tx).lock("orders")?;
+    /// # Ok(()) }
+    /// ```
+    pub fn lock(&mut self, projection: &str) -> Result<i64> {
+        validate_projection(projection)?;
+        self.queries
+            .lock(&mut Unnamed(self.tx), projection)
+            .map_err(|cause| self.failed("lock", projection, cause))
+    }
+
+    /// As [`lock`](InTransaction::lock), but `None` at once when another transaction has the
+    /// projection, even while that one is still creating it. One round trip when the projection
+    /// has a checkpoint; a few when it has to be created.
+    ///
+    /// `None` leaves the transaction usable. It never waits for another transaction's row; a lock
+    /// on the whole table, as `VACUUM FULL` takes it, it does wait for.
+    ///
+    /// # Errors
+    ///
+    /// As [`lock`](InTransaction::lock).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn f(store: checkpoint_store::PostgresCheckpointStore, mut tx: checkpoint_store::postgres::Transaction<'_>) -> checkpoint_store::Result<()> {
+    /// match store.in_transaction(&mut tx).try_lock("orders")? {
+    ///     Some(offset) => println!("ours, from {offset}"),
+    ///     None => println!("another worker has it"),
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn try_lock(&mut self, projection: &str) -> Result<Option<i64>> {
+        validate_projection(projection)?;
+        let attempt = self
+            .queries
+            .try_lock(&mut Unnamed(self.tx), projection)
+            .map_err(|cause| self.failed("try_lock", projection, cause))?;
+        match attempt {
+            Attempt::Held(offset) => Ok(Some(offset)),
+            Attempt::Taken => Ok(None),
+            Attempt::Absent => self
+                .lock_absent(projection)
+                .map_err(|cause| self.failed("try_lock", projection, cause)),
+        }
+    }
+
+    /// `lock` creates the row, and waits for whoever else is creating it: here a millisecond, the
+    /// shortest time that PostgreSQL knows. The savepoint keeps a time-out from aborting the
+    /// caller's transaction, and the setting from outliving this call.
+    fn lock_absent(
+        &mut self,
+        projection: &str,
+    ) -> Result<Option<i64>, Box<dyn std::error::Error + Send + Sync>> {
+        let mut savepoint = self.tx.transaction()?;
+        let caller = savepoint.query_typed_one(
+            "SELECT current_setting('lock_timeout'), set_config('lock_timeout', '1ms', true)",
+            &[],
+        )?;
+        match self.queries.lock(&mut Unnamed(&mut savepoint), projection) {
+            Ok(offset) => {
+                let setting: &str = caller.try_get(0)?;
+                savepoint.query_typed_one(
+                    "SELECT set_config('lock_timeout', $1, true)",
+                    &[(&setting, postgres::types::Type::TEXT)],
+                )?;
+                savepoint.commit()?;
+                Ok(Some(offset))
+            }
+            Err(cause) if is_lock_timeout(cause.as_ref()) => {
+                savepoint.rollback()?;
+                Ok(None)
+            }
+            Err(cause) => Err(cause),
+        }
+    }
+
+    fn failed(
+        &self,
+        operation: &'static str,
+        projection: &str,
+        cause: Box<dyn std::error::Error + Send + Sync>,
+    ) -> Error {
+        failure(operation, self.queries.about(projection), cause)
+    }
+}
+
+fn is_lock_timeout(error: &(dyn std::error::Error + 'static)) -> bool {
+    let code = error.downcast_ref::<postgres::Error>().and_then(postgres::Error::code);
+    code == Some(&SqlState::LOCK_NOT_AVAILABLE)
+}
