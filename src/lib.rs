@@ -4,6 +4,8 @@
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 
 mod checkpoint;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod error;
 mod memory;
 #[cfg(feature = "postgres")]

@@ -1,0 +1,111 @@
+//! What is wrong with the parameters is said at once, with the cause, and without the password.
+
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use checkpoint_store::{Error, PostgresCheckpointStore};
+
+use crate::harness::{Options, Server, chain, server, sql_state};
+
+const AT_ONCE: Duration = Duration::from_secs(5);
+
+fn refusal(params: &str) -> Error {
+    let started = Instant::now();
+    let refused = PostgresCheckpointStore::connect(params);
+    assert!(started.elapsed() < AT_ONCE, "{:?}", started.elapsed());
+    let error = refused.expect_err("a refusal");
+    let shown = format!("{error:?} {}", chain(&error));
+    assert!(!shown.contains("hunter2"), "{shown}");
+    error
+}
+
+#[test]
+fn a_wrong_host_is_named_at_once() {
+    let error = refusal("host=no.such.host.invalid user=postgres password=hunter2");
+    assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+    assert!(chain(&error).contains("server no.such.host.invalid:5432"), "{}", chain(&error));
+}
+
+#[test]
+fn a_server_that_is_not_there_is_named_at_once() {
+    let port = {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap().port()
+    };
+    let error = refusal(&format!("postgres://app:hunter2@127.0.0.1:{port}/app"));
+    assert!(matches!(error, Error::Unavailable { .. }) && error.is_transient(), "{error:?}");
+    let told = chain(&error);
+    assert!(told.contains(&format!("127.0.0.1:{port}")) && told.contains("refused"), "{told}");
+}
+
+#[test]
+fn a_wrong_database_is_named_at_once() {
+    let error = refusal(&server().url("no_such_database"));
+    assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+    assert!(!error.is_transient(), "waiting does not make a database");
+    assert_eq!(sql_state(&error).as_deref(), Some("3D000"));
+    assert!(chain(&error).contains("no_such_database"), "{}", chain(&error));
+}
+
+#[test]
+fn a_wrong_password_and_a_wrong_user_are_named_at_once() {
+    let options = Options { password: Some("correct horse".to_owned()), ..Options::fast() };
+    let server = Server::start(options);
+    let with = |login: &str| format!("host=127.0.0.1 port={} {login}", server.port());
+    let correct = with("user=postgres password='correct horse'");
+    PostgresCheckpointStore::connect(&correct).expect("the right password");
+
+    let error = refusal(&with("user=postgres password=hunter2"));
+    assert!(matches!(error, Error::Unavailable { .. }) && !error.is_transient(), "{error:?}");
+    assert_eq!(sql_state(&error).as_deref(), Some("28P01"));
+    let error = refusal(&with("user=nobody password=hunter2"));
+    assert_eq!(sql_state(&error).as_deref(), Some("28P01"));
+    let error = refusal(&with("user=postgres"));
+    assert!(chain(&error).contains("password missing"), "{}", chain(&error));
+    assert!(!error.is_transient());
+}
+
+#[test]
+fn parameters_that_cannot_be_read_are_refused_without_quoting_them() {
+    for params in [
+        "host=localhost hunter2",
+        "host=localhost password=not quoted hunter2=1",
+        "host=localhost port=hunter2",
+        "postgres://app:hunter2@[::1",
+        "postgres://app@localhost/app?hunter2=1",
+        "host=localhost password='hunter2",
+    ] {
+        let error = refusal(params);
+        assert!(matches!(error, Error::Backend { operation: "connect", .. }), "{error:?}");
+        assert!(!error.is_transient());
+        assert!(chain(&error).contains("invalid connection string"), "{}", chain(&error));
+    }
+}
+
+#[test]
+fn parameters_without_a_host_are_refused() {
+    for params in ["", "user=postgres password=hunter2"] {
+        let error = refusal(params);
+        assert!(chain(&error).contains("no host is given"), "{}", chain(&error));
+        assert!(!error.is_transient(), "{error:?}");
+    }
+}
+
+#[test]
+fn tls_that_is_required_but_not_to_be_had_is_refused() {
+    let error = refusal(&format!("{} sslmode=require", server().params()));
+    assert!(matches!(error, Error::Unavailable { .. }) && !error.is_transient(), "{error:?}");
+    assert!(chain(&error).to_lowercase().contains("tls"), "{}", chain(&error));
+}
+
+#[test]
+fn a_pool_of_no_connections_is_refused() {
+    let refused = PostgresCheckpointStore::builder().max_connections(0).connect(&server().params());
+    assert!(matches!(refused, Err(Error::Backend { operation: "connect", .. })), "{refused:?}");
+}
+
+#[test]
+fn connections_are_opened_as_they_are_needed() {
+    let store = PostgresCheckpointStore::connect(&server().params()).unwrap();
+    assert_eq!((store.pool().state().connections, store.pool().max_size()), (1, 10));
+}

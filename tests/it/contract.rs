@@ -1,0 +1,341 @@
+//! `conformance::verify` passes for every store of the crate, and finds each kind of broken one.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
+
+use checkpoint_store::{
+    Checkpoint, CheckpointStore, Error, MemoryCheckpointStore, PostgresCheckpointStore, Result,
+    conformance, validate_offset, validate_projection,
+};
+
+use crate::harness::Schema;
+
+#[test]
+fn the_memory_store_keeps_the_contract() {
+    conformance::verify(&MemoryCheckpointStore::new());
+}
+
+#[test]
+fn the_postgres_store_keeps_the_contract() {
+    conformance::verify(&Schema::new().store);
+}
+
+#[test]
+fn the_contract_holds_behind_every_pointer() {
+    let memory = MemoryCheckpointStore::new();
+    conformance::verify(&&memory);
+    let boxed: Box<dyn CheckpointStore> = Box::new(MemoryCheckpointStore::new());
+    conformance::verify(&boxed);
+    let shared: Arc<dyn CheckpointStore> = Arc::new(MemoryCheckpointStore::new());
+    conformance::verify(&shared);
+}
+
+#[test]
+fn stores_are_shared_among_threads_and_errors_are_passed_on() {
+    fn is_shared<T: Send + Sync + 'static>() {}
+    is_shared::<MemoryCheckpointStore>();
+    is_shared::<PostgresCheckpointStore>();
+    is_shared::<Box<dyn CheckpointStore>>();
+    is_shared::<Error>();
+    is_shared::<Checkpoint>();
+}
+
+#[test]
+fn a_custom_store_with_the_provided_methods_alone_keeps_the_contract() {
+    conformance::verify(&Broken::default());
+}
+
+/// A correct store over the memory store, until one of its methods is replaced. It leaves `get`
+/// and `save_many` to the trait.
+struct Broken {
+    memory: MemoryCheckpointStore,
+    save: fn(&Broken, &str, i64) -> Result<()>,
+    advance: fn(&Broken, &str, i64, i64) -> Result<()>,
+    all: fn(&Broken) -> Result<Vec<Checkpoint>>,
+    delete: fn(&Broken, &str) -> Result<bool>,
+    find: fn(&Broken, &str) -> Result<Option<Checkpoint>>,
+    calls: AtomicU64,
+}
+
+impl Default for Broken {
+    fn default() -> Self {
+        Self {
+            memory: MemoryCheckpointStore::new(),
+            save: |this, projection, offset| this.memory.save(projection, offset),
+            advance: |this, projection, from, to| this.memory.advance(projection, from, to),
+            all: |this| this.memory.all(),
+            delete: |this, projection| this.memory.delete(projection),
+            find: |this, projection| this.memory.find(projection),
+            calls: AtomicU64::new(1),
+        }
+    }
+}
+
+impl CheckpointStore for Broken {
+    fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
+        (self.find)(self, projection)
+    }
+    fn all(&self) -> Result<Vec<Checkpoint>> {
+        (self.all)(self)
+    }
+    fn save(&self, projection: &str, offset: i64) -> Result<()> {
+        (self.save)(self, projection, offset)
+    }
+    fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
+        (self.advance)(self, projection, from, to)
+    }
+    fn delete(&self, projection: &str) -> Result<bool> {
+        (self.delete)(self, projection)
+    }
+}
+
+/// A memory store with another `save_many`.
+struct SaveMany {
+    memory: MemoryCheckpointStore,
+    save_many: fn(&MemoryCheckpointStore, &[(&str, i64)]) -> Result<()>,
+}
+
+impl CheckpointStore for SaveMany {
+    fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
+        self.memory.find(projection)
+    }
+    fn all(&self) -> Result<Vec<Checkpoint>> {
+        self.memory.all()
+    }
+    fn save(&self, projection: &str, offset: i64) -> Result<()> {
+        self.memory.save(projection, offset)
+    }
+    fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
+        self.memory.advance(projection, from, to)
+    }
+    fn delete(&self, projection: &str) -> Result<bool> {
+        self.memory.delete(projection)
+    }
+    fn save_many(&self, checkpoints: &[(&str, i64)]) -> Result<()> {
+        (self.save_many)(&self.memory, checkpoints)
+    }
+}
+
+/// The message with which `verify` turns the store down.
+fn verdict(store: &dyn CheckpointStore) -> String {
+    let verdict = catch_unwind(AssertUnwindSafe(|| conformance::verify(store)));
+    let message = verdict.expect_err("verify finds the broken promise");
+    message
+        .downcast_ref::<String>()
+        .cloned()
+        .or_else(|| message.downcast_ref::<&str>().map(ToString::to_string))
+        .expect("a panic with a message")
+}
+
+#[track_caller]
+fn assert_found(store: &dyn CheckpointStore, promise: &str) {
+    let verdict = verdict(store);
+    assert!(verdict.contains("conformance: ") && verdict.contains(promise), "{verdict}");
+}
+
+#[test]
+fn a_store_that_drops_some_saves_is_found() {
+    for one_in in [2, 10, 97] {
+        let store = Broken {
+            save: match one_in {
+                2 => |this, projection, offset| drop_one_in(2, this, projection, offset),
+                10 => |this, projection, offset| drop_one_in(10, this, projection, offset),
+                _ => |this, projection, offset| drop_one_in(97, this, projection, offset),
+            },
+            ..Broken::default()
+        };
+        assert_found(&store, "saved");
+    }
+}
+
+fn drop_one_in(n: u64, store: &Broken, projection: &str, offset: i64) -> Result<()> {
+    validate_projection(projection)?;
+    validate_offset(offset)?;
+    if store.calls.fetch_add(1, Ordering::Relaxed).is_multiple_of(n) {
+        return Ok(());
+    }
+    store.memory.save(projection, offset)
+}
+
+#[test]
+fn an_advance_that_looks_and_writes_without_holding_on_is_found() {
+    let store = Broken {
+        advance: |this, projection, from, to| {
+            validate_projection(projection)?;
+            validate_offset(from)?;
+            validate_offset(to)?;
+            if to < from {
+                return this.memory.advance(projection, from, to);
+            }
+            let found = this.memory.get(projection)?;
+            if found != from {
+                return Err(Error::Conflict {
+                    projection: projection.to_owned(),
+                    expected: from,
+                    found,
+                });
+            }
+            this.memory.save(projection, to)
+        },
+        ..Broken::default()
+    };
+    let verdict = verdict(&store);
+    assert!(
+        verdict.contains("exactly one succeeds") || verdict.contains("no rival's step is lost"),
+        "{verdict}"
+    );
+}
+
+#[test]
+fn a_list_in_another_order_is_found() {
+    let orders: [fn(&Broken) -> Result<Vec<Checkpoint>>; 3] = [
+        |this| {
+            let mut all = this.memory.all()?;
+            all.reverse();
+            Ok(all)
+        },
+        |this| {
+            let mut all = this.memory.all()?;
+            all.sort_by_key(|checkpoint| checkpoint.projection.to_lowercase());
+            Ok(all)
+        },
+        |this| {
+            let mut all = this.memory.all()?;
+            all.sort_by_key(|checkpoint| checkpoint.updated_at);
+            Ok(all)
+        },
+    ];
+    for all in orders {
+        assert_found(&Broken { all, ..Broken::default() }, "ordered by the bytes");
+    }
+}
+
+#[test]
+fn invalid_names_that_are_taken_are_found() {
+    let store = Broken {
+        find: |this, projection| match validate_projection(projection) {
+            Ok(()) => this.memory.find(projection),
+            Err(_) => Ok(None),
+        },
+        ..Broken::default()
+    };
+    assert_found(&store, "find refuses the name");
+    let store = Broken {
+        save: |this, projection, offset| match validate_projection(projection) {
+            Ok(()) => this.memory.save(projection, offset),
+            Err(_) => Ok(()),
+        },
+        ..Broken::default()
+    };
+    assert_found(&store, "save refuses the name");
+    let store = Broken {
+        delete: |this, projection| match validate_projection(projection) {
+            Ok(()) => this.memory.delete(projection),
+            Err(_) => Ok(false),
+        },
+        ..Broken::default()
+    };
+    assert_found(&store, "delete refuses the name");
+}
+
+#[test]
+fn invalid_offsets_that_are_taken_are_found() {
+    let store = Broken {
+        save: |this, projection, offset| this.memory.save(projection, offset.max(0)),
+        ..Broken::default()
+    };
+    assert_found(&store, "save refuses bad offsets");
+    let store = Broken {
+        advance: |this, projection, from, to| {
+            if to < from {
+                return Err(Error::Conflict {
+                    projection: projection.to_owned(),
+                    expected: from,
+                    found: this.memory.get(projection)?,
+                });
+            }
+            this.memory.advance(projection, from, to)
+        },
+        ..Broken::default()
+    };
+    assert_found(&store, "advance refuses bad offsets");
+}
+
+#[test]
+fn a_delete_that_always_says_true_is_found() {
+    let store = Broken {
+        delete: |this, projection| this.memory.delete(projection).map(|_| true),
+        ..Broken::default()
+    };
+    assert_found(&store, "delete says false when there was no checkpoint");
+}
+
+#[test]
+fn a_time_that_stands_still_is_found() {
+    fn still(checkpoint: Checkpoint) -> Checkpoint {
+        Checkpoint::new(checkpoint.projection, checkpoint.offset, SystemTime::UNIX_EPOCH)
+    }
+    let store = Broken {
+        find: |this, projection| Ok(this.memory.find(projection)?.map(still)),
+        all: |this| Ok(this.memory.all()?.into_iter().map(still).collect()),
+        ..Broken::default()
+    };
+    assert_found(&store, "updated_at is the moment of the last save");
+}
+
+#[test]
+fn a_save_many_that_saves_what_comes_before_invalid_input_is_found() {
+    let store = SaveMany {
+        memory: MemoryCheckpointStore::new(),
+        save_many: |memory, checkpoints| {
+            checkpoints.iter().try_for_each(|(projection, offset)| memory.save(projection, *offset))
+        },
+    };
+    assert_found(&store, "bad input changes nothing");
+}
+
+#[test]
+fn a_save_many_that_keeps_the_first_of_a_name_given_twice_is_found() {
+    let store = SaveMany {
+        memory: MemoryCheckpointStore::new(),
+        save_many: |memory, checkpoints| {
+            let mut reversed = checkpoints.to_vec();
+            reversed.reverse();
+            memory.save_many(&reversed)
+        },
+    };
+    assert_found(&store, "the last one stays");
+}
+
+#[test]
+fn an_advance_from_an_offset_that_is_not_there_is_found() {
+    let store = Broken {
+        advance: |this, projection, from, to| match this.memory.find(projection) {
+            Ok(None) if from <= to => this.memory.save(projection, to),
+            _ => this.memory.advance(projection, from, to),
+        },
+        ..Broken::default()
+    };
+    assert_found(&store, "from an offset that is not there is a Conflict");
+}
+
+#[test]
+fn an_advance_that_is_content_with_the_result_is_found() {
+    let store = Broken {
+        advance: |this, projection, from, to| match this.memory.advance(projection, from, to) {
+            Err(Error::Conflict { found, .. }) if found == to => Ok(()),
+            outcome => outcome,
+        },
+        ..Broken::default()
+    };
+    assert_found(&store, "even when the checkpoint is where it was to go");
+}
+
+#[test]
+fn a_store_that_is_not_empty_is_refused() {
+    let store = Broken::default();
+    store.memory.save("left over", 1).expect("a save");
+    assert_found(&store, "not empty");
+}

@@ -1,0 +1,86 @@
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, Stdio};
+
+use rustix::process::{Pid, Signal};
+
+/// A folder, and processes that use it, none of which outlives this process, however it ends.
+///
+/// A shell waits for the end of its input, which comes when this value is dropped or this process
+/// is gone, even by `kill -9`. It then kills what is left, and removes the folder.
+pub(crate) struct Guard {
+    folder: PathBuf,
+    shell: Child,
+    orders: Option<ChildStdin>,
+}
+
+const SHELL: &str = r#"
+trap '' INT TERM HUP QUIT
+pids=
+while read -r order pid; do
+    case $order in
+        watch) pids="$pids $pid" ;;
+        forget) kept=; for p in $pids; do [ "$p" = "$pid" ] || kept="$kept $p"; done; pids=$kept ;;
+    esac
+done
+for pid in $pids; do kill -QUIT "$pid" 2>/dev/null; kill -CONT "$pid" 2>/dev/null; done
+for pid in $pids; do
+    tries=0
+    while kill -0 "$pid" 2>/dev/null && [ "$tries" -lt 120 ]; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 100 ] || kill -KILL "$pid" 2>/dev/null
+        sleep 0.05
+    done
+done
+rm -rf -- "$1"
+"#;
+
+impl Guard {
+    pub(crate) fn new(prefix: &str) -> Self {
+        let folder = tempfile::Builder::new().prefix(prefix).tempdir().expect("a folder").keep();
+        let mut shell = Command::new("sh")
+            .args(["-c", SHELL, "guard"])
+            .arg(&folder)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("a shell");
+        let orders = shell.stdin.take();
+        Self { folder, shell, orders }
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub(crate) fn watch(&mut self, process: &Child) {
+        self.order("watch", process);
+    }
+
+    pub(crate) fn forget(&mut self, process: &Child) {
+        self.order("forget", process);
+    }
+
+    fn order(&mut self, order: &str, process: &Child) {
+        let orders = self.orders.as_mut().expect("taken only when dropped");
+        writeln!(orders, "{order} {}", process.id()).expect("the guard listens");
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        drop(self.orders.take());
+        self.shell.wait().expect("the guard ends");
+    }
+}
+
+pub(crate) fn signal(process: &Child, signal: Signal) {
+    let pid = i32::try_from(process.id()).expect("a process id");
+    signal_pid(pid, signal);
+}
+
+pub(crate) fn signal_pid(pid: i32, signal: Signal) {
+    let pid = Pid::from_raw(pid).expect("a process id");
+    rustix::process::kill_process(pid, signal).expect("the process takes the signal");
+}

@@ -1,0 +1,88 @@
+//! Throwaway PostgreSQL servers, started from the installed binaries.
+
+mod guard;
+mod proxy;
+mod server;
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use checkpoint_store::PostgresCheckpointStore;
+use checkpoint_store::postgres::{Client, NoTls};
+
+pub(crate) use guard::Guard;
+pub(crate) use proxy::Proxy;
+pub(crate) use server::{Options, Server, server_program};
+
+/// The server that all tests share which do not need to stop one.
+pub(crate) fn server() -> &'static Server {
+    static SERVER: OnceLock<Server> = OnceLock::new();
+    SERVER.get_or_init(|| Server::start(Options::fast()))
+}
+
+fn unique(prefix: &str) -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    format!("{prefix}_{}", NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// The parameters of an empty database of its own on the shared server.
+pub(crate) fn fresh_database() -> String {
+    let name = unique("db");
+    server().client().batch_execute(&format!("CREATE DATABASE {name}")).expect("a new database");
+    server().url(&name)
+}
+
+pub(crate) fn client(params: &str) -> Client {
+    Client::connect(params, NoTls).expect("a connection")
+}
+
+/// A schema of its own on the shared server, with the checkpoint table in it.
+pub(crate) struct Schema {
+    pub(crate) name: String,
+    pub(crate) store: PostgresCheckpointStore,
+}
+
+impl Schema {
+    pub(crate) fn new() -> Self {
+        let name = unique("test");
+        let store = PostgresCheckpointStore::builder()
+            .schema(&name)
+            .connect(&server().params())
+            .expect("a store");
+        store.migrate().expect("a table");
+        Self { name, store }
+    }
+
+    /// A connection that finds the schema's tables without naming it.
+    pub(crate) fn client(&self) -> Client {
+        let mut client = server().client();
+        client.batch_execute(&format!("SET search_path TO {}", self.name)).expect("a search path");
+        client
+    }
+}
+
+/// Waits until something holds, and fails loudly when it never does.
+pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_mins(1);
+    while !holds() {
+        assert!(Instant::now() < deadline, "waited a minute in vain until {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Every message in an error's chain of causes.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(Some(error), |error| error.source())
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ")
+}
+
+/// The SQLSTATE in an error's chain of causes.
+pub(crate) fn sql_state(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    std::iter::successors(Some(error), |error| error.source())
+        .find_map(|cause| cause.downcast_ref::<checkpoint_store::postgres::Error>())
+        .and_then(|error| error.code())
+        .map(|code| code.code().to_owned())
+}

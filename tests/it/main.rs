@@ -1,0 +1,14 @@
+//! What the crate promises, tried on a real PostgreSQL.
+
+#![allow(clippy::too_many_lines, reason = "a test tells one story")]
+
+mod connect;
+mod contract;
+mod harness;
+mod identifiers;
+mod locks;
+mod memory;
+mod migrate;
+mod postgres;
+mod sql_files;
+mod transactions;

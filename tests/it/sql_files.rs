@@ -1,0 +1,65 @@
+//! Every file in `sql/` runs as it stands, in psql, on `public.projection_checkpoints`.
+
+use std::fs;
+
+use checkpoint_store::{CheckpointStore, PostgresCheckpointStore};
+
+use crate::harness::{self, server_program};
+
+/// The types and values to bind, for a file with parameters.
+fn parameters(file: &str) -> (&'static str, &'static str) {
+    match file {
+        "find.sql" | "delete.sql" | "lock.sql" | "try_lock.sql" => ("(text)", "('it''s')"),
+        "save.sql" => ("(text, bigint)", "('it''s', 42)"),
+        "advance.sql" => ("(text, bigint, bigint)", "('it''s', 0, 42)"),
+        "save_many.sql" => ("(text[], bigint[])", "('{a, b}', '{1, 2}')"),
+        "inspect_table.sql" => ("(text)", "('public.projection_checkpoints')"),
+        _ => ("", ""),
+    }
+}
+
+#[test]
+fn every_file_runs_as_it_stands_in_psql() {
+    let database = harness::fresh_database();
+    PostgresCheckpointStore::connect(&database).unwrap().migrate().unwrap();
+    let mut tried = 0;
+    for entry in fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/sql")).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        let text = fs::read_to_string(&path).unwrap();
+        let (types, values) = parameters(&name);
+        let script = if types.is_empty() {
+            text
+        } else {
+            format!("PREPARE statement{types} AS {text} EXECUTE statement{values};")
+        };
+        let output = server_program("psql")
+            .args(["-X", "-v", "ON_ERROR_STOP=1", "-c", &script, &database])
+            .output()
+            .expect("psql runs");
+        assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+        tried += 1;
+    }
+    assert_eq!(tried, 12);
+}
+
+#[test]
+fn the_documented_table_is_the_one_that_migrate_makes() {
+    let by_hand = harness::fresh_database();
+    let sql = include_str!("../../sql/create_table.sql");
+    harness::client(&by_hand).batch_execute(sql).unwrap();
+    let migrated = harness::fresh_database();
+    PostgresCheckpointStore::connect(&migrated).unwrap().migrate().unwrap();
+    let describe = |database: &str| {
+        let output = server_program("psql")
+            .args(["-X", "-c", "\\d public.projection_checkpoints", database])
+            .output()
+            .expect("psql runs");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    assert_eq!(describe(&by_hand), describe(&migrated));
+    assert!(describe(&by_hand).contains("projection_name"));
+    let store = PostgresCheckpointStore::connect(&by_hand).unwrap();
+    store.migrate().unwrap();
+    store.save("orders", 1).unwrap();
+}
