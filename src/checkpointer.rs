@@ -1,0 +1,472 @@
+use std::time::{Duration, Instant};
+
+use crate::{CheckpointStore, Error, Result, validate_offset};
+
+/// How often a [`Checkpointer`] saves: after a number of events, within a time, or whichever comes
+/// first.
+///
+/// The cadence is what a crash costs: the events since the last save are read again. It is also
+/// what a save costs less often: one round trip, and one flush of the database's log.
+///
+/// # Examples
+///
+/// ```
+/// use checkpoint_store::Cadence;
+/// use std::time::Duration;
+///
+/// let after_each_event = Cadence::every(1);
+/// let after_each_hundred = Cadence::every(100);
+/// let within_five_seconds = Cadence::within(Duration::from_secs(5));
+/// let whichever_comes_first = Cadence::every(500).or_within(Duration::from_secs(1));
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cadence {
+    events: Option<u64>,
+    interval: Option<Duration>,
+}
+
+impl Cadence {
+    /// Saves when this many events have been processed since the last save; 1 is after each.
+    ///
+    /// # Panics
+    ///
+    /// When `events` is 0.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::Cadence;
+    /// const CADENCE: Cadence = Cadence::every(100);
+    /// ```
+    #[must_use]
+    pub const fn every(events: u64) -> Self {
+        Self { events: None, interval: None }.or_every(events)
+    }
+
+    /// Saves when this much time has passed since the first event that is not saved yet. So no
+    /// event waits longer than that, as long as the loop calls
+    /// [`processed`](Checkpointer::processed) or [`save_if_due`](Checkpointer::save_if_due);
+    /// a [`Checkpointer`] has no thread of its own.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::Cadence;
+    /// # use std::time::Duration;
+    /// const CADENCE: Cadence = Cadence::within(Duration::from_secs(5));
+    /// ```
+    #[must_use]
+    pub const fn within(interval: Duration) -> Self {
+        Self { events: None, interval: None }.or_within(interval)
+    }
+
+    /// Saves after this many events too, if that comes first. Of two numbers the smaller holds.
+    ///
+    /// # Panics
+    ///
+    /// When `events` is 0.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::Cadence;
+    /// # use std::time::Duration;
+    /// const CADENCE: Cadence = Cadence::within(Duration::from_secs(1)).or_every(500);
+    /// ```
+    #[must_use]
+    pub const fn or_every(mut self, events: u64) -> Self {
+        assert!(events > 0, "a cadence of every 0 events would never be reached");
+        self.events = match self.events {
+            Some(fewer) if fewer < events => Some(fewer),
+            _ => Some(events),
+        };
+        self
+    }
+
+    /// Saves within this time too, if that comes first. Of two times the shorter holds.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::Cadence;
+    /// # use std::time::Duration;
+    /// const CADENCE: Cadence = Cadence::every(500).or_within(Duration::from_secs(1));
+    /// ```
+    #[must_use]
+    pub const fn or_within(mut self, interval: Duration) -> Self {
+        self.interval = match self.interval {
+            Some(shorter) if shorter.as_nanos() < interval.as_nanos() => Some(shorter),
+            _ => Some(interval),
+        };
+        self
+    }
+}
+
+/// Saves a projection's checkpoint at a [`Cadence`], for a loop that processes events one by one.
+///
+/// It makes at least once: after a crash the events since the last save are processed again, no
+/// more of them than the cadence allows, and none is left out. For exactly once save inside the
+/// transaction that applies the events.
+///
+/// It saves with [`advance`](CheckpointStore::advance), so a second runner of the same projection
+/// is found out: the first save of one of them is a [`Conflict`](Error::Conflict), and stays one.
+/// Stop then.
+///
+/// A save that fails is due again at once, with the next [`processed`](Checkpointer::processed),
+/// [`save_if_due`](Checkpointer::save_if_due) or [`flush`](Checkpointer::flush). When it failed as
+/// [`Unavailable`](Error::Unavailable) it may have been stored all the same; the next save finds
+/// out, and does not mistake this runner's own save for a rival's.
+///
+/// **Dropping it saves nothing**: it could not tell of a failure. Call
+/// [`flush`](Checkpointer::flush) at the end of the loop; without it the events since the last
+/// save are processed again by the next run.
+///
+/// # Examples
+///
+/// ```
+/// use checkpoint_store::{Cadence, CheckpointStore, Checkpointer, MemoryCheckpointStore};
+///
+/// let store = MemoryCheckpointStore::new();
+/// let mut checkpointer = Checkpointer::resume(&store, "orders", Cadence::every(100))?;
+/// for offset in checkpointer.offset() + 1..=250 {
+///     // handle the event, then:
+///     checkpointer.processed(offset)?;
+/// }
+/// assert_eq!(store.get("orders")?, 200);
+/// checkpointer.flush()?;
+/// assert_eq!(store.get("orders")?, 250);
+/// # Ok::<(), checkpoint_store::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Checkpointer<S> {
+    store: S,
+    projection: String,
+    progress: Progress,
+    /// Where saves were to go whose outcome is unknown.
+    in_doubt: Vec<i64>,
+}
+
+impl<S: CheckpointStore> Checkpointer<S> {
+    /// Goes on where the projection was: reads its checkpoint.
+    ///
+    /// `store` may be owned, a reference, or an [`Arc`](std::sync::Arc).
+    ///
+    /// # Errors
+    ///
+    /// As [`CheckpointStore::get`]; [`InvalidOffset`](Error::InvalidOffset) when another program
+    /// has stored a negative offset.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::{Cadence, CheckpointStore, Checkpointer, MemoryCheckpointStore};
+    /// let store = MemoryCheckpointStore::new();
+    /// store.save("orders", 42)?;
+    /// let checkpointer = Checkpointer::resume(&store, "orders", Cadence::every(1))?;
+    /// assert_eq!(checkpointer.offset() + 1, 43); // the next event to read
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    pub fn resume(store: S, projection: impl Into<String>, cadence: Cadence) -> Result<Self> {
+        let projection = projection.into();
+        let offset = store.get(&projection)?;
+        validate_offset(offset)?;
+        let progress = Progress::at(offset, cadence);
+        Ok(Self { store, projection, progress, in_doubt: Vec::new() })
+    }
+
+    /// The offset of the last event processed, saved or not: read on from the one after it.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::{Cadence, Checkpointer, MemoryCheckpointStore};
+    /// let store = MemoryCheckpointStore::new();
+    /// let mut checkpointer = Checkpointer::resume(store, "orders", Cadence::every(10))?;
+    /// checkpointer.processed(1)?;
+    /// assert_eq!(checkpointer.offset(), 1);
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    #[must_use]
+    pub fn offset(&self) -> i64 {
+        self.progress.offset
+    }
+
+    /// The last offset that is known to be saved.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::{Cadence, Checkpointer, MemoryCheckpointStore};
+    /// let store = MemoryCheckpointStore::new();
+    /// let mut checkpointer = Checkpointer::resume(store, "orders", Cadence::every(2))?;
+    /// checkpointer.processed(1)?;
+    /// assert_eq!(checkpointer.saved(), 0);
+    /// checkpointer.processed(2)?;
+    /// assert_eq!(checkpointer.saved(), 2);
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    #[must_use]
+    pub fn saved(&self) -> i64 {
+        self.progress.saved
+    }
+
+    /// How many events were processed since the last save: as many are read again after a crash.
+    ///
+    /// It counts calls of [`processed`](Checkpointer::processed) that moved the offset.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::{Cadence, Checkpointer, MemoryCheckpointStore};
+    /// let store = MemoryCheckpointStore::new();
+    /// let mut checkpointer = Checkpointer::resume(store, "orders", Cadence::every(10))?;
+    /// checkpointer.processed(4)?;
+    /// checkpointer.processed(9)?;
+    /// assert_eq!(checkpointer.pending(), 2);
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    #[must_use]
+    pub fn pending(&self) -> u64 {
+        self.progress.pending
+    }
+
+    /// Says that the event at `offset`, and so every one before it, has been processed; saves if
+    /// the cadence says so. Returns whether this call saved.
+    ///
+    /// Offsets may leave gaps. The same offset again processes nothing more.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidOffset`](Error::InvalidOffset) when `offset` is before the last one; nothing has
+    /// changed then. Otherwise as [`CheckpointStore::advance`]: the event counts as processed, the
+    /// save is due.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::{Cadence, Checkpointer, MemoryCheckpointStore};
+    /// let store = MemoryCheckpointStore::new();
+    /// let mut checkpointer = Checkpointer::resume(store, "orders", Cadence::every(2))?;
+    /// assert!(!checkpointer.processed(1)?);
+    /// assert!(checkpointer.processed(2)?);
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    pub fn processed(&mut self, offset: i64) -> Result<bool> {
+        let now = Instant::now();
+        self.progress.processed(offset, now)?;
+        self.save_if_due_at(now)
+    }
+
+    /// Saves if the cadence says so, without an event: for a loop that waits for the next one with
+    /// a time-out. Returns whether this call saved.
+    ///
+    /// # Errors
+    ///
+    /// As [`CheckpointStore::advance`]; the save stays due.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use checkpoint_store::{Cadence, Checkpointer, MemoryCheckpointStore};
+    /// use std::sync::mpsc::{RecvTimeoutError, channel};
+    /// use std::time::Duration;
+    ///
+    /// let (events, inbox) = channel();
+    /// # events.send(1).unwrap();
+    /// # drop(events);
+    /// let cadence = Cadence::within(Duration::from_secs(1));
+    /// let mut checkpointer = Checkpointer::resume(MemoryCheckpointStore::new(), "orders", cadence)?;
+    /// loop {
+    ///     match inbox.recv_timeout(Duration::from_millis(100)) {
+    ///         Ok(offset) => checkpointer.processed(offset)?,
+    ///         Err(RecvTimeoutError::Timeout) => checkpointer.save_if_due()?,
+    ///         Err(RecvTimeoutError::Disconnected) => break,
+    ///     };
+    /// }
+    /// checkpointer.flush()?;
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    pub fn save_if_due(&mut self) -> Result<bool> {
+        self.save_if_due_at(Instant::now())
+    }
+
+    /// Saves whatever is not saved yet, due or not: the last save of a loop. Returns whether this
+    /// call saved.
+    ///
+    /// # Errors
+    ///
+    /// As [`CheckpointStore::advance`]; the save stays due.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::{Cadence, Checkpointer, MemoryCheckpointStore};
+    /// let store = MemoryCheckpointStore::new();
+    /// let mut checkpointer = Checkpointer::resume(store, "orders", Cadence::every(100))?;
+    /// checkpointer.processed(1)?;
+    /// assert!(checkpointer.flush()?);
+    /// assert!(!checkpointer.flush()?); // nothing is left to save
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    pub fn flush(&mut self) -> Result<bool> {
+        if self.progress.pending == 0 {
+            return Ok(false);
+        }
+        self.save()?;
+        Ok(true)
+    }
+
+    fn save_if_due_at(&mut self, now: Instant) -> Result<bool> {
+        if self.progress.is_due(now) { self.flush() } else { Ok(false) }
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let to = self.progress.offset;
+        loop {
+            let outcome = self.store.advance(&self.projection, self.progress.saved, to);
+            match outcome {
+                Err(Error::Conflict { found, .. }) if self.in_doubt.contains(&found) => {
+                    self.in_doubt.clear();
+                    self.progress.saved = found;
+                    if found < to {
+                        continue;
+                    }
+                }
+                Err(error) => {
+                    if matches!(error, Error::Unavailable { .. }) {
+                        self.in_doubt.push(to);
+                    }
+                    self.progress.failed = true;
+                    return Err(error);
+                }
+                Ok(()) => self.in_doubt.clear(),
+            }
+            self.progress.all_saved();
+            return Ok(());
+        }
+    }
+}
+
+/// How far a projection is ahead of its checkpoint, and whether that is far enough to save.
+#[derive(Debug)]
+struct Progress {
+    cadence: Cadence,
+    offset: i64,
+    saved: i64,
+    pending: u64,
+    /// When the first of the pending events was processed.
+    since: Option<Instant>,
+    /// Whether the last save failed, and is due for that reason alone.
+    failed: bool,
+}
+
+impl Progress {
+    fn at(offset: i64, cadence: Cadence) -> Self {
+        Self { cadence, offset, saved: offset, pending: 0, since: None, failed: false }
+    }
+
+    fn processed(&mut self, offset: i64, now: Instant) -> Result<()> {
+        if offset < self.offset {
+            let reason = "a later event has been processed already";
+            return Err(Error::InvalidOffset { offset, reason });
+        }
+        if offset > self.offset {
+            self.offset = offset;
+            self.pending += 1;
+            self.since.get_or_insert(now);
+        }
+        Ok(())
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        let Some(since) = self.since else { return false };
+        let Cadence { events, interval } = self.cadence;
+        self.failed
+            || events.is_some_and(|events| self.pending >= events)
+            || interval.is_some_and(|interval| now.saturating_duration_since(since) >= interval)
+    }
+
+    fn all_saved(&mut self) {
+        *self = Self::at(self.offset, self.cadence);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// When a loop that processes one event a second saves, if it runs for `seconds`.
+    fn saves(cadence: Cadence, seconds: u32) -> Vec<u32> {
+        let start = Instant::now();
+        let mut progress = Progress::at(0, cadence);
+        let mut saves = Vec::new();
+        for second in 1..=seconds {
+            let now = start + second * SECOND;
+            progress.processed(second.into(), now).expect("offsets go up");
+            if progress.is_due(now) {
+                saves.push(second);
+                progress.all_saved();
+            }
+        }
+        saves
+    }
+
+    #[test]
+    fn every_event_and_every_nth() {
+        assert_eq!(saves(Cadence::every(1), 4), [1, 2, 3, 4]);
+        assert_eq!(saves(Cadence::every(3), 10), [3, 6, 9]);
+    }
+
+    #[test]
+    fn the_time_counts_from_the_first_unsaved_event_so_steady_load_does_not_put_it_off() {
+        assert_eq!(saves(Cadence::within(3 * SECOND), 12), [4, 8, 12]);
+    }
+
+    #[test]
+    fn of_both_the_first_one_counts() {
+        assert_eq!(saves(Cadence::every(2).or_within(9 * SECOND), 5), [2, 4]);
+        assert_eq!(saves(Cadence::every(9).or_within(SECOND), 5), [2, 4]);
+        assert_eq!(Cadence::every(9).or_every(4).or_every(7), Cadence::every(4));
+        let within = Cadence::within(9 * SECOND).or_within(SECOND).or_within(3 * SECOND);
+        assert_eq!(within, Cadence::within(SECOND));
+    }
+
+    #[test]
+    fn nothing_is_due_without_an_event() {
+        let start = Instant::now();
+        let mut progress = Progress::at(5, Cadence::within(Duration::ZERO).or_every(1));
+        assert!(!progress.is_due(start + 100 * SECOND));
+        progress.processed(5, start).expect("the same offset again");
+        assert!(!progress.is_due(start + 100 * SECOND));
+        progress.processed(6, start).expect("the next offset");
+        assert!(progress.is_due(start));
+    }
+
+    #[test]
+    fn a_clock_that_stands_still_is_no_harm() {
+        let start = Instant::now();
+        let mut progress = Progress::at(0, Cadence::within(SECOND));
+        progress.processed(1, start + SECOND).expect("the next offset");
+        assert!(!progress.is_due(start));
+    }
+
+    #[test]
+    fn an_offset_that_goes_back_changes_nothing() {
+        let now = Instant::now();
+        let mut progress = Progress::at(0, Cadence::every(10));
+        progress.processed(7, now).expect("the next offset");
+        for back in [6, 0, -1, i64::MIN] {
+            let refused = progress.processed(back, now);
+            assert!(matches!(refused, Err(Error::InvalidOffset { offset, .. }) if offset == back));
+        }
+        assert_eq!((progress.offset, progress.pending), (7, 1));
+    }
+
+    #[test]
+    #[should_panic(expected = "every 0 events")]
+    fn every_zero_events_panics() {
+        let _ = Cadence::every(0);
+    }
+}
