@@ -8,6 +8,7 @@ mod checkpointer;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod error;
+mod grouped;
 mod memory;
 mod monitor;
 #[cfg(feature = "postgres")]
@@ -18,6 +19,7 @@ mod watermark;
 pub use checkpoint::{Checkpoint, validate_offset, validate_projection};
 pub use checkpointer::{Cadence, Checkpointer};
 pub use error::{Error, Result};
+pub use grouped::GroupedCheckpointStore;
 pub use memory::MemoryCheckpointStore;
 pub use monitor::{Health, HealthCheck, HealthLevel, ProjectionStatus};
 #[cfg(feature = "postgres")]

@@ -4,6 +4,7 @@ mod identifier;
 mod migrate;
 mod pool;
 mod queries;
+mod session;
 mod transaction;
 
 use std::error::Error as StdError;
@@ -24,7 +25,8 @@ use self::failure::{failure, is_connection_loss, no_connection};
 use self::identifier::Table;
 use self::migrate::{Migration, migrate};
 use self::pool::ConnectWatch;
-use self::queries::{Queries, Unnamed};
+use self::queries::Queries;
+use self::session::{Pooled, Session};
 use crate::checkpoint::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
 
@@ -73,10 +75,17 @@ where
 /// What every handle on the same store has in common, besides the pool.
 struct Shared {
     queries: Queries,
-    updated_at_index: bool,
+    options: Options,
     watch: Option<ConnectWatch>,
     /// How many connections were lost so far.
     losses: AtomicU64,
+}
+
+/// What the builder was told, besides the table and the pool.
+#[derive(Debug, Clone, Copy, Default)]
+struct Options {
+    updated_at_index: bool,
+    prepared_statements: bool,
 }
 
 /// Kept with a pooled connection: the count of losses at which it was last known to work.
@@ -134,17 +143,17 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     /// ```
     #[must_use]
     pub fn new(pool: Pool<M>) -> Self {
-        Self::assemble(pool, Table::projection_checkpoints(), false, None)
+        Self::assemble(pool, Table::projection_checkpoints(), Options::default(), None)
     }
 
     fn assemble(
         pool: Pool<M>,
         table: Table,
-        updated_at_index: bool,
+        options: Options,
         watch: Option<ConnectWatch>,
     ) -> Self {
         let queries = Queries::new(table);
-        let shared = Shared { queries, updated_at_index, watch, losses: AtomicU64::new(0) };
+        let shared = Shared { queries, options, watch, losses: AtomicU64::new(0) };
         Self { pool, shared: Arc::new(shared) }
     }
 
@@ -174,7 +183,7 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     pub fn migrate(&self) -> Result<()> {
         let Queries { table, .. } = &self.shared.queries;
         let migration = self.repeatable("migrate", format_args!("table {table}"), |client| {
-            migrate(client, table, self.shared.updated_at_index)
+            migrate(client, table, self.shared.options.updated_at_index)
         })?;
         match migration {
             Migration::Ready => Ok(()),
@@ -223,7 +232,7 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
         &self,
         operation: &'static str,
         subject: impl fmt::Display,
-        mut run: impl FnMut(&mut Client) -> Result<T, Box<dyn StdError + Send + Sync>>,
+        mut run: impl FnMut(&mut PooledConnection<M>) -> Result<T, Box<dyn StdError + Send + Sync>>,
     ) -> Result<T> {
         let deadline = Instant::now() + self.pool.connection_timeout();
         loop {
@@ -246,7 +255,7 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
         &self,
         operation: &'static str,
         subject: impl fmt::Display,
-        run: impl FnOnce(&mut Client) -> Result<T, Box<dyn StdError + Send + Sync>>,
+        run: impl FnOnce(&mut PooledConnection<M>) -> Result<T, Box<dyn StdError + Send + Sync>>,
     ) -> Result<T> {
         let deadline = Instant::now() + self.pool.connection_timeout();
         let losses = self.shared.losses.load(Ordering::Relaxed);
@@ -267,6 +276,10 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
             }
             failure(operation, subject, cause)
         })
+    }
+
+    fn session<'a>(&self, connection: &'a mut PooledConnection<M>) -> impl Session + use<'a, M> {
+        Pooled { connection, prepared: self.shared.options.prepared_statements }
     }
 
     fn connection(
@@ -305,14 +318,14 @@ impl<M: ManageConnection<Connection = Client>> CheckpointStore for PostgresCheck
         validate_projection(projection)?;
         let queries = &self.shared.queries;
         self.repeatable("find", queries.about(projection), |client| {
-            queries.find(&mut Unnamed(client), projection)
+            queries.find(&mut self.session(client), projection)
         })
     }
 
     fn all(&self) -> Result<Vec<Checkpoint>> {
         let queries = &self.shared.queries;
         self.repeatable("all", format_args!("table {}", queries.table), |client| {
-            queries.all(&mut Unnamed(client))
+            queries.all(&mut self.session(client))
         })
     }
 
@@ -321,7 +334,7 @@ impl<M: ManageConnection<Connection = Client>> CheckpointStore for PostgresCheck
         validate_offset(offset)?;
         let queries = &self.shared.queries;
         self.repeatable("save", queries.about(projection), |client| {
-            queries.save(&mut Unnamed(client), projection, offset)
+            queries.save(&mut self.session(client), projection, offset)
         })
     }
 
@@ -329,7 +342,7 @@ impl<M: ManageConnection<Connection = Client>> CheckpointStore for PostgresCheck
         validate_advance(projection, from, to)?;
         let queries = &self.shared.queries;
         let found = self.once("advance", queries.about(projection), |client| {
-            queries.advance(&mut Unnamed(client), projection, from, to)
+            queries.advance(&mut self.session(client), projection, from, to)
         })?;
         Queries::moved_or_conflict(projection, from, found)
     }
@@ -338,7 +351,7 @@ impl<M: ManageConnection<Connection = Client>> CheckpointStore for PostgresCheck
         validate_projection(projection)?;
         let queries = &self.shared.queries;
         self.repeatable("delete", queries.about(projection), |client| {
-            queries.delete(&mut Unnamed(client), projection)
+            queries.delete(&mut self.session(client), projection)
         })
     }
 
@@ -349,7 +362,7 @@ impl<M: ManageConnection<Connection = Client>> CheckpointStore for PostgresCheck
         }
         let queries = &self.shared.queries;
         self.repeatable("save_many", queries.about_many(checkpoints), |client| {
-            queries.save_many(&mut Unnamed(client), checkpoints)
+            queries.save_many(&mut self.session(client), checkpoints)
         })
     }
 }

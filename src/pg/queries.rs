@@ -4,60 +4,11 @@ use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use postgres::Row;
-use postgres::types::{FromSql, ToSql, Type};
+use postgres::types::{FromSql, Type};
 
 use super::identifier::Table;
+use super::session::{Session, Statement};
 use crate::{Checkpoint, Error};
-
-/// A statement's text with the table's name in it, and the types of its parameters.
-#[derive(Debug)]
-pub(crate) struct Statement {
-    pub(crate) sql: String,
-    pub(crate) parameters: &'static [Type],
-}
-
-/// Runs one statement in one round trip, where it can: on a client, or in a transaction.
-pub(crate) trait Session {
-    fn query(
-        &mut self,
-        statement: &Statement,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<Vec<Row>, postgres::Error>;
-
-    fn execute(
-        &mut self,
-        statement: &Statement,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<u64, postgres::Error>;
-}
-
-/// Sends unnamed statements: nothing is left on the server, so any pooler may stand in between.
-pub(crate) struct Unnamed<'a, C>(pub(crate) &'a mut C);
-
-fn typed<'a>(
-    statement: &Statement,
-    parameters: &[&'a (dyn ToSql + Sync)],
-) -> Vec<(&'a (dyn ToSql + Sync), Type)> {
-    parameters.iter().copied().zip(statement.parameters.iter().cloned()).collect()
-}
-
-impl<C: postgres::GenericClient> Session for Unnamed<'_, C> {
-    fn query(
-        &mut self,
-        statement: &Statement,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<Vec<Row>, postgres::Error> {
-        self.0.query_typed(&statement.sql, &typed(statement, parameters))
-    }
-
-    fn execute(
-        &mut self,
-        statement: &Statement,
-        parameters: &[&(dyn ToSql + Sync)],
-    ) -> Result<u64, postgres::Error> {
-        self.0.execute_typed(&statement.sql, &typed(statement, parameters))
-    }
-}
 
 /// A `postgres::Error` in most cases; a plain message where the server did not do as it was told.
 type Outcome<T> = Result<T, Box<dyn StdError + Send + Sync>>;

@@ -2,7 +2,8 @@ use postgres::Transaction;
 use postgres::error::SqlState;
 
 use super::failure::failure;
-use super::queries::{Attempt, Queries, Unnamed};
+use super::queries::{Attempt, Queries};
+use super::session::Unnamed;
 use crate::checkpoint::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, Error, Result};
 
