@@ -4,11 +4,13 @@
 
 mod connect;
 mod contract;
+mod grouped;
 mod harness;
 mod identifiers;
 mod locks;
 mod memory;
 mod migrate;
 mod postgres;
+mod prepared;
 mod sql_files;
 mod transactions;
