@@ -10,6 +10,7 @@ mod identifiers;
 mod locks;
 mod memory;
 mod migrate;
+mod pgbouncer;
 mod postgres;
 mod prepared;
 mod sql_files;

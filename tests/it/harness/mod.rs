@@ -1,6 +1,7 @@
 //! Throwaway PostgreSQL servers, started from the installed binaries.
 
 mod guard;
+mod pgbouncer;
 mod proxy;
 mod server;
 
@@ -12,6 +13,7 @@ use checkpoint_store::PostgresCheckpointStore;
 use checkpoint_store::postgres::{Client, NoTls};
 
 pub(crate) use guard::Guard;
+pub(crate) use pgbouncer::PgBouncer;
 pub(crate) use proxy::Proxy;
 pub(crate) use server::{Options, Server, server_program};
 

@@ -1,3 +1,4 @@
+use std::ffi::OsStr;
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -215,7 +216,12 @@ impl Drop for Server {
 
 /// One of the server's programs, to be run as a user that PostgreSQL accepts: it refuses root.
 pub(crate) fn server_program(name: &str) -> Command {
-    let mut command = Command::new(bin_folder().join(name));
+    as_server_user(bin_folder().join(name))
+}
+
+/// Any program, run as the user that the server runs as.
+pub(crate) fn as_server_user(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
     command.current_dir("/");
     if let Some(user) = server_user() {
         command.uid(user.uid).gid(user.gid);
