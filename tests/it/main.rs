@@ -14,4 +14,5 @@ mod pgbouncer;
 mod postgres;
 mod prepared;
 mod sql_files;
+mod tls;
 mod transactions;

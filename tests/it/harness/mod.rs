@@ -15,7 +15,7 @@ use checkpoint_store::postgres::{Client, NoTls};
 pub(crate) use guard::Guard;
 pub(crate) use pgbouncer::PgBouncer;
 pub(crate) use proxy::Proxy;
-pub(crate) use server::{Options, Server, server_program};
+pub(crate) use server::{Options, Server, give_away, server_program};
 
 /// The server that all tests share which do not need to stop one.
 pub(crate) fn server() -> &'static Server {

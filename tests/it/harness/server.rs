@@ -70,7 +70,7 @@ impl Server {
         Self { port: free_port(), options, running: Mutex::new(Running { process: None, guard }) }
     }
 
-    fn init(&self) {
+    pub(crate) fn init(&self) {
         let password_file = self.folder().join("password");
         let mut initdb = server_program("initdb");
         initdb.args(["--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"]);
