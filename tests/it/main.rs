@@ -4,6 +4,7 @@
 
 mod connect;
 mod contract;
+mod failover;
 mod grouped;
 mod harness;
 mod identifiers;

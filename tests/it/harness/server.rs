@@ -91,6 +91,18 @@ impl Server {
         }
     }
 
+    /// Copies a running server into this one, which then follows it as its standby.
+    pub(crate) fn follow(&self, primary: &Self) {
+        let output = server_program("pg_basebackup")
+            .args(["--write-recovery-conf", "--checkpoint=fast", "--no-sync", "--pgdata"])
+            .arg(self.data())
+            .args(["--host", &primary.options.listen, "--port", &primary.port.to_string()])
+            .args(["--username=postgres", "--no-password"])
+            .output()
+            .expect("pg_basebackup runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
     /// Starts the server again and waits until it takes connections.
     pub(crate) fn restart(&self) {
         let mut running = self.running();
@@ -248,6 +260,11 @@ fn bin_folder() -> &'static Path {
         std::env::split_paths(&on_path)
             .chain(installed)
             .find(|folder| has_server(folder))
+            .and_then(|folder| {
+                // A link to the server may stand alone where it is found; its other programs,
+                // pg_basebackup say, are where it points to.
+                Some(fs::canonicalize(folder.join("postgres")).ok()?.parent()?.to_owned())
+            })
             .unwrap_or_else(|| {
                 panic!(
                     "no PostgreSQL server is installed: tests/run installs one, or name the \
