@@ -266,9 +266,15 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
             if losses == known.map_or(0, |known| known.0) {
                 break client;
             }
-            if client.check_connection().is_ok() {
-                PooledConnection::extensions_mut(&mut client).insert(KnownToWork(losses));
-                break client;
+            match client.check_connection() {
+                Ok(()) => {
+                    PooledConnection::extensions_mut(&mut client).insert(KnownToWork(losses));
+                    break client;
+                }
+                Err(cause) if Instant::now() >= deadline => {
+                    return Err(failure(operation, subject, cause));
+                }
+                Err(_) => {}
             }
         };
         run(&mut client).map_err(|cause| {

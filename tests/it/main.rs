@@ -11,6 +11,7 @@ mod identifiers;
 mod locks;
 mod memory;
 mod migrate;
+mod network;
 mod pgbouncer;
 mod postgres;
 mod prepared;

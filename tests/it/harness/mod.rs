@@ -1,6 +1,7 @@
 //! Throwaway PostgreSQL servers, started from the installed binaries.
 
 mod guard;
+mod network;
 mod pgbouncer;
 mod proxy;
 mod server;
@@ -12,7 +13,8 @@ use std::time::{Duration, Instant};
 use checkpoint_store::PostgresCheckpointStore;
 use checkpoint_store::postgres::{Client, NoTls};
 
-pub(crate) use guard::Guard;
+pub(crate) use guard::signal_pid;
+pub(crate) use network::Network;
 pub(crate) use pgbouncer::PgBouncer;
 pub(crate) use proxy::Proxy;
 pub(crate) use server::{Options, Server, give_away, server_program};
