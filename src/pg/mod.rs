@@ -215,6 +215,9 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
 
     /// The pool, to run the caller's own statements and transactions on.
     ///
+    /// Its `Debug` output tells the parameters, host and user among them, without the password;
+    /// that of the store tells none.
+    ///
     /// # Examples
     ///
     /// ```no_run

@@ -5,6 +5,7 @@
 mod connect;
 mod contract;
 mod failover;
+mod foreign_rows;
 mod grouped;
 mod harness;
 mod identifiers;
@@ -15,6 +16,8 @@ mod network;
 mod pgbouncer;
 mod postgres;
 mod prepared;
+mod privileges;
+mod secrets;
 mod sql_files;
 mod tls;
 mod transactions;
