@@ -8,6 +8,7 @@ mod failover;
 mod foreign_rows;
 mod grouped;
 mod harness;
+mod hostile;
 mod identifiers;
 mod locks;
 mod memory;
