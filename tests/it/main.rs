@@ -4,6 +4,7 @@
 
 mod connect;
 mod contract;
+mod documentation;
 mod grouped;
 mod harness;
 mod identifiers;
