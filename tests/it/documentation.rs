@@ -52,8 +52,9 @@ fn the_remedy_for_gaps_waits_for_the_event_that_commits_late() {
     let docs: String = include_str!("../../src/lib.rs")
         .lines()
         .filter_map(|line| line.strip_prefix("//!"))
-        .map(|line| format!("{}\n", line.strip_prefix(' ').unwrap_or(line)))
-        .collect();
+        .map(|line| line.strip_prefix(' ').unwrap_or(line))
+        .collect::<Vec<_>>()
+        .join("\n");
     let sql = blocks(&docs, "sql").remove(0);
     let (table, query) = sql.split_once("-- the next events").unwrap();
     let (_, query) = query.split_once('\n').unwrap();
@@ -97,9 +98,12 @@ fn face(folder: &Path, face: &mut Vec<String>) {
             }
             let indent = &line[..line.len() - item.len()];
             let whole = ["pub trait", "pub enum", "pub struct", "pub use"];
-            let end = |line: &str| match whole.iter().any(|kind| item.starts_with(kind)) {
-                true => line.ends_with(';') || line == format!("{indent}}}"),
-                false => line.ends_with([';', '{', ',']) && !line.ends_with("(,"),
+            let end = |line: &str| {
+                if whole.iter().any(|kind| item.starts_with(kind)) {
+                    line.ends_with(';') || line == format!("{indent}}}")
+                } else {
+                    line.ends_with([';', '{', ',']) && !line.ends_with("(,")
+                }
             };
             let mut declaration = vec![line];
             while !end(declaration[declaration.len() - 1]) || unclosed(&declaration) {

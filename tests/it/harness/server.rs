@@ -228,7 +228,7 @@ fn bin_folder() -> &'static Path {
     FOLDER.get_or_init(|| {
         if let Some(folder) = std::env::var_os(BIN_VARIABLE) {
             let folder = PathBuf::from(folder);
-            assert!(has_server(&folder), "{BIN_VARIABLE} names {folder:?}: no server is there");
+            assert!(has_server(&folder), "no server is where {BIN_VARIABLE} says");
             return folder;
         }
         let on_path = std::env::var_os("PATH").unwrap_or_default();
