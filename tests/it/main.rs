@@ -11,6 +11,7 @@ mod identifiers;
 mod locks;
 mod memory;
 mod migrate;
+mod order_summary;
 mod postgres;
 mod prepared;
 mod sql_files;
