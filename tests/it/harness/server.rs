@@ -215,7 +215,9 @@ impl Drop for Server {
 
 /// One of the server's programs, to be run as a user that PostgreSQL accepts: it refuses root.
 pub(crate) fn server_program(name: &str) -> Command {
-    let mut command = Command::new(bin_folder().join(name));
+    // The client's programs may be elsewhere than the server's.
+    let beside = bin_folder().join(name);
+    let mut command = Command::new(if beside.is_file() { beside } else { name.into() });
     command.current_dir("/");
     if let Some(user) = server_user() {
         command.uid(user.uid).gid(user.gid);
