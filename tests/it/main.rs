@@ -14,5 +14,6 @@ mod migrate;
 mod order_summary;
 mod postgres;
 mod prepared;
+mod redis;
 mod sql_files;
 mod transactions;
