@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use checkpoint_store::PostgresCheckpointStore;
 use checkpoint_store::postgres::{Client, NoTls};
 
-pub(crate) use guard::Guard;
+pub(crate) use guard::{Guard, signal};
 pub(crate) use proxy::Proxy;
 pub(crate) use server::{Options, Server, server_program};
 
