@@ -4,6 +4,7 @@
 
 mod connect;
 mod contract;
+mod dashboard;
 mod documentation;
 mod foreign_rows;
 mod grouped;
