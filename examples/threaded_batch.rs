@@ -284,7 +284,8 @@ impl Job<'_> {
         let mut attempt = 1;
         while let Err(error) = self.handle(event, attempt) {
             if attempt == ATTEMPTS {
-                return Err(format!("event {event} failed {ATTEMPTS} times: {error}").into());
+                eprintln!("event {event} failed {ATTEMPTS} times");
+                return Err(error);
             }
             thread::sleep(PAUSE * attempt);
             attempt += 1;

@@ -16,4 +16,5 @@ mod postgres;
 mod prepared;
 mod redis;
 mod sql_files;
+mod threaded_batch;
 mod transactions;
