@@ -19,3 +19,4 @@ mod redis;
 mod sql_files;
 mod threaded_batch;
 mod transactions;
+mod watermark;
