@@ -16,6 +16,7 @@ mod order_summary;
 mod postgres;
 mod prepared;
 mod redis;
+mod source_system;
 mod sql_files;
 mod threaded_batch;
 mod transactions;
