@@ -393,6 +393,8 @@ impl Progress {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
@@ -468,5 +470,83 @@ mod tests {
     #[should_panic(expected = "every 0 events")]
     fn every_zero_events_panics() {
         let _ = Cadence::every(0);
+    }
+    fn cadence() -> impl Strategy<Value = Cadence> {
+        let events = 1..6_u64;
+        let interval = (0..50_u64).prop_map(Duration::from_millis);
+        prop_oneof![
+            events.clone().prop_map(Cadence::every),
+            interval.clone().prop_map(Cadence::within),
+            (events, interval)
+                .prop_map(|(events, interval)| { Cadence::every(events).or_within(interval) }),
+        ]
+    }
+
+    #[derive(Debug, Clone)]
+    struct Step {
+        time_passing: Duration,
+        /// How much further on the next event is; 0 is an idle turn of the loop.
+        gap: i64,
+        save_succeeds: bool,
+        crash: bool,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        (0..30_u64, 0..4_i64, prop::bool::weighted(0.7), prop::bool::weighted(0.05)).prop_map(
+            |(millis, gap, save_succeeds, crash)| {
+                let time_passing = Duration::from_millis(millis);
+                Step { time_passing, gap, save_succeeds, crash }
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            failure_persistence: None,
+            ..ProptestConfig::with_cases(2_000)
+        })]
+
+        #[test]
+        fn nothing_waits_longer_than_the_cadence_allows_and_nothing_is_saved_before(
+            cadence in cadence(),
+            steps in prop::collection::vec(step(), 0..120),
+        ) {
+            let mut now = Instant::now();
+            let mut checkpoint = 0;
+            let mut progress = Progress::at(checkpoint, cadence);
+            // When each event was processed that is not saved.
+            let mut waiting = Vec::new();
+            let mut save_failed = false;
+
+            for Step { time_passing, gap, save_succeeds, crash } in steps {
+                now += time_passing;
+                if crash {
+                    progress = Progress::at(checkpoint, cadence);
+                    waiting.clear();
+                    save_failed = false;
+                }
+                progress.processed(progress.offset + gap, now)?;
+                if gap > 0 {
+                    waiting.push(now);
+                }
+                let reached = waiting.first().is_some_and(|&first| {
+                    cadence.events.is_some_and(|events| waiting.len() as u64 >= events)
+                        || cadence.interval.is_some_and(|interval| now - first >= interval)
+                });
+                prop_assert_eq!(progress.is_due(now), reached || save_failed);
+                if progress.is_due(now) {
+                    save_failed = !save_succeeds;
+                    if save_succeeds {
+                        checkpoint = progress.offset;
+                        progress.all_saved();
+                        waiting.clear();
+                    } else {
+                        progress.failed = true;
+                    }
+                }
+                prop_assert_eq!(progress.saved, checkpoint);
+                prop_assert_eq!(progress.pending, waiting.len() as u64);
+            }
+        }
     }
 }

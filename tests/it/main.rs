@@ -2,6 +2,7 @@
 
 #![allow(clippy::too_many_lines, reason = "a test tells one story")]
 
+mod checkpointer;
 mod connect;
 mod contract;
 mod dashboard;
@@ -19,5 +20,8 @@ mod postgres;
 mod prepared;
 mod privileges;
 mod redis;
+mod source_system;
 mod sql_files;
+mod threaded_batch;
 mod transactions;
+mod watermark;
