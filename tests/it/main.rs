@@ -15,6 +15,7 @@ mod locks;
 mod memory;
 mod migrate;
 mod model;
+mod network;
 mod order_summary;
 mod postgres;
 mod prepared;

@@ -1,6 +1,7 @@
 //! Throwaway PostgreSQL servers, started from the installed binaries.
 
 mod guard;
+mod network;
 mod proxy;
 mod server;
 
@@ -11,7 +12,8 @@ use std::time::{Duration, Instant};
 use checkpoint_store::PostgresCheckpointStore;
 use checkpoint_store::postgres::{Client, NoTls};
 
-pub(crate) use guard::{Guard, signal};
+pub(crate) use guard::{Guard, signal, signal_pid};
+pub(crate) use network::Network;
 pub(crate) use proxy::Proxy;
 pub(crate) use server::{Options, Server, free_port, server_program};
 

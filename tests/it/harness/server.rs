@@ -21,14 +21,22 @@ pub(crate) struct Options {
     pub(crate) settings: Vec<(String, String)>,
     pub(crate) hba: Option<String>,
     pub(crate) listen: String,
+    /// A free one by default.
+    pub(crate) port: Option<u16>,
     pub(crate) password: Option<String>,
 }
 
 impl Options {
     /// As the distribution configures it: what is acknowledged survives a crash.
     pub(crate) fn durable() -> Self {
-        Self { settings: Vec::new(), hba: None, listen: "127.0.0.1".to_owned(), password: None }
-            .set("max_connections", "200")
+        Self {
+            settings: Vec::new(),
+            hba: None,
+            listen: "127.0.0.1".to_owned(),
+            port: None,
+            password: None,
+        }
+        .set("max_connections", "200")
     }
 
     /// Does not wait for the disk.
@@ -66,7 +74,11 @@ impl Server {
     pub(crate) fn prepare(options: Options) -> Self {
         let guard = Guard::new("checkpoint-store-pg-");
         give_away(guard.folder());
-        Self { port: free_port(), options, running: Mutex::new(Running { process: None, guard }) }
+        Self {
+            port: options.port.unwrap_or_else(free_port),
+            options,
+            running: Mutex::new(Running { process: None, guard }),
+        }
     }
 
     fn init(&self) {
