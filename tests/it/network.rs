@@ -17,7 +17,7 @@ const TCP_USER_TIMEOUT: u64 = 2;
 const POOL_TIMEOUT: Duration = Duration::from_secs(3);
 /// Both together, and ample time for a slow machine. Without any time-out it would be 15 minutes
 /// or more, Linux's own limit of retransmission.
-const BOUND: Duration = Duration::from_secs(60);
+const BOUND: Duration = Duration::from_mins(1);
 
 /// A store with one warm connection over the link.
 fn warm_store(params: &str) -> PostgresCheckpointStore {
