@@ -1,11 +1,13 @@
+use std::error::Error as StdError;
 use std::fmt;
+use std::time::Duration;
 
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::{Client, Config, NoTls, Socket};
 use r2d2::{ManageConnection, Pool};
 use r2d2_postgres::PostgresConnectionManager;
 
-use super::failure::no_connection;
+use super::failure::{failure, no_connection};
 use super::identifier::Table;
 use super::pool::{ConnectWatch, bound_network_waits};
 use super::{Options, PostgresCheckpointStore};
@@ -101,10 +103,31 @@ impl PostgresCheckpointStoreBuilder {
     /// Whether pooled operations keep prepared statements with their connections, rather than send
     /// each statement's text anew. The default is `false`.
     ///
-    /// It saves the server the parsing and planning of every call. It does not go together with a
-    /// pooler that hands out connections by the transaction: `PgBouncer` 1.18 in that mode fails 70
-    /// percent of such calls, and two programs with statements of the same name may run each
-    /// other's. `PgBouncer` 1.21 and later with `max_prepared_statements` above 0 keeps them apart.
+    /// It saves the server the parsing and planning of every call.
+    ///
+    /// # Not with a pooler that hands out connections by the transaction
+    ///
+    /// The `postgres` crate calls its statements `s0`, `s1` and so on, in every program. Where two
+    /// programs come upon one server session, a statement may not be there (70 percent of the
+    /// calls fail through `PgBouncer` 1.18), and worse, **`s0` may be the other program's, and
+    /// run**: writes went to its table without an error.
+    ///
+    /// * `connect` and `connect_tls` look whether a second connection sees what the first one has
+    ///   prepared, and each new connection of the pool looks for names of that kind, which a new
+    ///   session cannot have. Then they, and from then on every operation of the store, fail with
+    ///   [`Backend`](crate::Error::Backend), not transient.
+    /// * A name that is taken, and a statement that is gone again right after it was prepared
+    ///   anew, are the same error. Stop the program then: there is a pooler.
+    /// * What cannot be seen: a pooler so busy that no new connection of yours comes upon a
+    ///   session with such statements, in the time before one runs where it should not. Nor is
+    ///   anything looked for on the connections of a pool given to
+    ///   [`build`](PostgresCheckpointStoreBuilder::build).
+    ///
+    /// So turn it on where you know the way to the server. `PgBouncer` in session mode is fine,
+    /// and so is a pooler that gives the statements names of its own, as `PgBouncer` 1.21 and
+    /// later does with `max_prepared_statements` above 0.
+    ///
+    /// # Statements that were forgotten
     ///
     /// A statement that the server has forgotten, or would not run again because the table has
     /// changed, is prepared anew. Operations in the caller's transaction are not prepared.
@@ -206,19 +229,29 @@ impl PostgresCheckpointStoreBuilder {
         bound_network_waits(&mut config);
 
         let server = ServerName::of(&config);
-        let watch = ConnectWatch::default();
-        let pool = Pool::builder()
-            .max_size(self.max_connections)
-            .min_idle(Some(0))
-            .test_on_check_out(false)
-            .error_handler(Box::new(watch.clone()))
-            .event_handler(Box::new(watch.clone()))
-            .build_unchecked(PostgresConnectionManager::new(config, tls));
-        // Not to wait, but to make the pool open its first connection.
-        drop(pool.get_timeout(std::time::Duration::ZERO));
-        watch
-            .first_attempt(pool.connection_timeout())
-            .map_err(|cause| no_connection("connect", server, cause))?;
+        let open = |max_connections| {
+            let watch = ConnectWatch::default();
+            let mut pool = Pool::builder()
+                .max_size(max_connections)
+                .min_idle(Some(0))
+                .test_on_check_out(false)
+                .error_handler(Box::new(watch.clone()))
+                .event_handler(Box::new(watch.clone()));
+            if self.options.prepared_statements {
+                pool = pool.connection_customizer(Box::new(watch.clone()));
+            }
+            let manager = PostgresConnectionManager::new(config.clone(), tls.clone());
+            let pool = pool.build_unchecked(manager);
+            // Not to wait, but to make the pool open its first connection.
+            drop(pool.get_timeout(Duration::ZERO));
+            watch.first_attempt(pool.connection_timeout()).map(|()| (pool, watch))
+        };
+        let (pool, watch) =
+            open(self.max_connections).map_err(|cause| no_connection("connect", &server, cause))?;
+        if self.options.prepared_statements {
+            shared_session_is_refused(&pool, &watch, || Some(open(1).ok()?.1))
+                .map_err(|cause| failure("connect", server, cause))?;
+        }
         Ok(PostgresCheckpointStore::assemble(pool, table, self.options, Some(watch)))
     }
 
@@ -254,6 +287,19 @@ impl PostgresCheckpointStoreBuilder {
         let table = Table::new(&self.schema, &self.table)?;
         Ok(PostgresCheckpointStore::assemble(pool, table, self.options, None))
     }
+}
+
+/// A statement of one connection must not be seen by another one, however it is opened.
+fn shared_session_is_refused<M: ManageConnection<Connection = Client>>(
+    pool: &Pool<M>,
+    watch: &ConnectWatch,
+    another: impl FnOnce() -> Option<ConnectWatch>,
+) -> Result<(), Box<dyn StdError + Send + Sync>> {
+    watch.sessions_of_our_own()?;
+    let mut first = pool.get()?;
+    let _lives_on = first.prepare("SELECT")?;
+    // Where no more than one connection is to be had, there is nothing to find out.
+    another().map_or(Ok(()), |watch| Ok(watch.sessions_of_our_own()?))
 }
 
 /// What the parser says may quote a piece of the parameters, and that piece may be a password

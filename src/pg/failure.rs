@@ -73,6 +73,15 @@ pub(crate) fn transience(error: &(dyn StdError + 'static)) -> Option<bool> {
                 || code.code().starts_with(TRANSACTION_ROLLBACK)
                 || [SqlState::LOCK_NOT_AVAILABLE, SqlState::TOO_MANY_CONNECTIONS].contains(code)
         }
-        None => is_connection_loss(error),
+        None => is_connection_loss(error) && !is_refused_by_tls(error),
+    })
+}
+
+/// Connectors that are made for I/O, as that of `rustls` is, wrap what they refuse, a certificate
+/// say, into an I/O error. A network that fails has other kinds.
+fn is_refused_by_tls(error: &postgres::Error) -> bool {
+    let io = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+    io.is_some_and(|io| {
+        matches!(io.kind(), io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput)
     })
 }

@@ -51,7 +51,8 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 ///
 /// # Statements
 ///
-/// Statements are unnamed, so a pooler such as PgBouncer in transaction mode may stand between.
+/// Statements are unnamed, so a pooler such as PgBouncer in transaction mode may stand between;
+/// unless they are [kept](PostgresCheckpointStoreBuilder::prepared_statements).
 ///
 /// # Examples
 ///
@@ -289,12 +290,17 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
         deadline: Instant,
     ) -> Result<PooledConnection<M>> {
         let left = deadline.saturating_duration_since(Instant::now());
-        self.pool.get_timeout(left).map_err(|timeout| {
-            match self.shared.watch.as_ref().and_then(ConnectWatch::last_failure) {
-                Some(cause) => no_connection(operation, subject, cause),
-                None => no_connection(operation, subject, timeout),
+        let watch = self.shared.watch.as_ref();
+        let connection = self.pool.get_timeout(left).map_err(|timeout| {
+            match watch.and_then(ConnectWatch::last_failure) {
+                Some(cause) => no_connection(operation, &subject, cause),
+                None => no_connection(operation, &subject, timeout),
             }
-        })
+        })?;
+        watch
+            .map_or(Ok(()), ConnectWatch::sessions_of_our_own)
+            .map_err(|cause| failure(operation, subject, cause))?;
+        Ok(connection)
     }
 }
 

@@ -1,10 +1,11 @@
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use postgres::Config;
+use postgres::{Client, Config};
 use r2d2::event::AcquireEvent;
-use r2d2::{HandleError, HandleEvent};
+use r2d2::{CustomizeConnection, HandleError, HandleEvent};
 
 /// How long one address may take to answer a connection attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
@@ -44,6 +45,7 @@ pub(crate) struct ConnectWatch(Arc<Watched>);
 struct Watched {
     last: Mutex<Option<Attempt>>,
     changed: Condvar,
+    shared_session: AtomicBool,
 }
 
 enum Attempt {
@@ -89,6 +91,40 @@ impl ConnectWatch {
             _ => None,
         }
     }
+
+    /// Fails once a new connection has been found to be another one's server session.
+    pub(crate) fn sessions_of_our_own(&self) -> Result<(), SharedSession> {
+        match self.0.shared_session.load(Ordering::Relaxed) {
+            true => Err(SharedSession { cause: None }),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Looks at each new connection of a store that keeps prepared statements.
+///
+/// The `postgres` crate names them `s0`, `s1` and so on, in every program alike. A server session
+/// begins without any, so one that has such names is passed around by a pooler, and `s0` may be
+/// another program's. A pooler that keeps its clients' statements apart gives them other names.
+impl CustomizeConnection<Client, postgres::Error> for ConnectWatch {
+    fn on_acquire(&self, client: &mut Client) -> Result<(), postgres::Error> {
+        let sql = "SELECT EXISTS (SELECT FROM pg_prepared_statements WHERE name ~ '^s[0-9]+$')";
+        if client.query_typed_one(sql, &[])?.try_get(0)? {
+            self.0.shared_session.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+/// Prepared statements cannot be kept here.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "prepared statements of several clients meet in one server session: a pooler hands out \
+     connections by the transaction, and prepared_statements(true) does not go with that"
+)]
+pub(crate) struct SharedSession {
+    #[source]
+    pub(crate) cause: Option<postgres::Error>,
 }
 
 impl fmt::Debug for ConnectWatch {

@@ -1,9 +1,12 @@
 use std::collections::HashMap;
+use std::error::Error as StdError;
 
 use postgres::error::SqlState;
 use postgres::types::{ToSql, Type};
 use postgres::{Client, GenericClient, Row};
 use r2d2::{ManageConnection, PooledConnection};
+
+use super::pool::SharedSession;
 
 /// A statement's text with the table's name in it, and the types of its parameters.
 #[derive(Debug)]
@@ -14,39 +17,26 @@ pub(crate) struct Statement {
 
 type Parameters<'a> = &'a [&'a (dyn ToSql + Sync)];
 
+/// A `postgres::Error`, or what one means.
+type Outcome<T> = Result<T, Box<dyn StdError + Send + Sync>>;
+
 /// Where a statement runs.
 pub(crate) trait Session {
-    fn query(
-        &mut self,
-        statement: &Statement,
-        parameters: Parameters<'_>,
-    ) -> Result<Vec<Row>, postgres::Error>;
+    fn query(&mut self, statement: &Statement, parameters: Parameters<'_>) -> Outcome<Vec<Row>>;
 
-    fn execute(
-        &mut self,
-        statement: &Statement,
-        parameters: Parameters<'_>,
-    ) -> Result<u64, postgres::Error>;
+    fn execute(&mut self, statement: &Statement, parameters: Parameters<'_>) -> Outcome<u64>;
 }
 
 /// Sends unnamed statements: nothing is left on the server, so any pooler may stand in between.
 pub(crate) struct Unnamed<'a, C>(pub(crate) &'a mut C);
 
 impl<C: GenericClient> Session for Unnamed<'_, C> {
-    fn query(
-        &mut self,
-        statement: &Statement,
-        parameters: Parameters<'_>,
-    ) -> Result<Vec<Row>, postgres::Error> {
-        self.0.query_typed(&statement.sql, &typed(statement, parameters))
+    fn query(&mut self, statement: &Statement, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
+        Ok(self.0.query_typed(&statement.sql, &typed(statement, parameters))?)
     }
 
-    fn execute(
-        &mut self,
-        statement: &Statement,
-        parameters: Parameters<'_>,
-    ) -> Result<u64, postgres::Error> {
-        self.0.execute_typed(&statement.sql, &typed(statement, parameters))
+    fn execute(&mut self, statement: &Statement, parameters: Parameters<'_>) -> Outcome<u64> {
+        Ok(self.0.execute_typed(&statement.sql, &typed(statement, parameters))?)
     }
 }
 
@@ -86,41 +76,41 @@ impl<M: ManageConnection<Connection = Client>> Pooled<'_, M> {
 
     /// Runs a prepared statement. One that the server does not know any more, or would not run
     /// again, has done nothing: so it is prepared anew and run once more.
+    ///
+    /// One that is gone again at once, or whose name was taken, tells of a pooler.
     fn run<T>(
         &mut self,
         statement: &Statement,
         run: impl Fn(&mut Client, &postgres::Statement) -> Result<T, postgres::Error>,
-    ) -> Result<T, postgres::Error> {
+    ) -> Outcome<T> {
         let first = self.prepare(statement);
-        match first.and_then(|prepared| run(self.connection, &prepared)) {
-            Err(error) if is_stale(&error) => {
+        let outcome = match first.and_then(|prepared| run(self.connection, &prepared)) {
+            Err(error) if is_forgotten(&error) || must_be_replanned(&error) => {
                 PooledConnection::extensions_mut(self.connection).remove::<Prepared>();
-                let prepared = self.prepare(statement)?;
-                run(self.connection, &prepared)
+                let anew = self.prepare(statement);
+                anew.and_then(|prepared| run(self.connection, &prepared))
             }
             outcome => outcome,
-        }
+        };
+        outcome.map_err(|error| match error.code() {
+            Some(&SqlState::DUPLICATE_PSTATEMENT) => SharedSession { cause: Some(error) }.into(),
+            _ if is_forgotten(&error) => SharedSession { cause: Some(error) }.into(),
+            _ => error.into(),
+        })
     }
 }
 
-fn is_stale(error: &postgres::Error) -> bool {
-    error.code().is_some_and(|code| {
-        [
-            SqlState::INVALID_SQL_STATEMENT_NAME,
-            SqlState::DUPLICATE_PSTATEMENT,
-            // "cached plan must not change result type"
-            SqlState::FEATURE_NOT_SUPPORTED,
-        ]
-        .contains(code)
-    })
+fn is_forgotten(error: &postgres::Error) -> bool {
+    error.code() == Some(&SqlState::INVALID_SQL_STATEMENT_NAME)
+}
+
+/// "cached plan must not change result type"
+fn must_be_replanned(error: &postgres::Error) -> bool {
+    error.code() == Some(&SqlState::FEATURE_NOT_SUPPORTED)
 }
 
 impl<M: ManageConnection<Connection = Client>> Session for Pooled<'_, M> {
-    fn query(
-        &mut self,
-        statement: &Statement,
-        parameters: Parameters<'_>,
-    ) -> Result<Vec<Row>, postgres::Error> {
+    fn query(&mut self, statement: &Statement, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
         if self.prepared {
             self.run(statement, |client, prepared| client.query(prepared, parameters))
         } else {
@@ -128,11 +118,7 @@ impl<M: ManageConnection<Connection = Client>> Session for Pooled<'_, M> {
         }
     }
 
-    fn execute(
-        &mut self,
-        statement: &Statement,
-        parameters: Parameters<'_>,
-    ) -> Result<u64, postgres::Error> {
+    fn execute(&mut self, statement: &Statement, parameters: Parameters<'_>) -> Outcome<u64> {
         if self.prepared {
             self.run(statement, |client, prepared| client.execute(prepared, parameters))
         } else {

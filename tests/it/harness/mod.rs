@@ -2,6 +2,7 @@
 
 mod guard;
 mod network;
+mod pgbouncer;
 mod proxy;
 mod server;
 
@@ -14,8 +15,9 @@ use checkpoint_store::postgres::{Client, NoTls};
 
 pub(crate) use guard::{Guard, signal, signal_pid};
 pub(crate) use network::Network;
+pub(crate) use pgbouncer::PgBouncer;
 pub(crate) use proxy::Proxy;
-pub(crate) use server::{Options, Server, free_port, server_program};
+pub(crate) use server::{Options, Server, free_port, give_away, server_program};
 
 /// The server that all tests share which do not need to stop one.
 pub(crate) fn server() -> &'static Server {

@@ -1,3 +1,4 @@
+use std::ffi::OsStr;
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -81,7 +82,7 @@ impl Server {
         }
     }
 
-    fn init(&self) {
+    pub(crate) fn init(&self) {
         let password_file = self.folder().join("password");
         let mut initdb = server_program("initdb");
         initdb.args(["--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"]);
@@ -100,6 +101,18 @@ impl Server {
         if let Some(hba) = &self.options.hba {
             fs::write(self.data().join("pg_hba.conf"), hba).expect("pg_hba.conf is written");
         }
+    }
+
+    /// Copies a running server into this one, which then follows it as its standby.
+    pub(crate) fn follow(&self, primary: &Self) {
+        let output = server_program("pg_basebackup")
+            .args(["--write-recovery-conf", "--checkpoint=fast", "--no-sync", "--pgdata"])
+            .arg(self.data())
+            .args(["--host", &primary.options.listen, "--port", &primary.port.to_string()])
+            .args(["--username=postgres", "--no-password"])
+            .output()
+            .expect("pg_basebackup runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
     /// Starts the server again and waits until it takes connections.
@@ -229,7 +242,12 @@ impl Drop for Server {
 pub(crate) fn server_program(name: &str) -> Command {
     // The client's programs may be elsewhere than the server's.
     let beside = bin_folder().join(name);
-    let mut command = Command::new(if beside.is_file() { beside } else { name.into() });
+    as_server_user(if beside.is_file() { beside } else { name.into() })
+}
+
+/// Any program, run as the user that the server runs as.
+pub(crate) fn as_server_user(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
     command.current_dir("/");
     if let Some(user) = server_user() {
         command.uid(user.uid).gid(user.gid);
@@ -256,6 +274,11 @@ fn bin_folder() -> &'static Path {
         std::env::split_paths(&on_path)
             .chain(installed)
             .find(|folder| has_server(folder))
+            .and_then(|folder| {
+                // A link to the server may stand alone where it is found; its other programs,
+                // pg_basebackup say, are where it points to.
+                Some(fs::canonicalize(folder.join("postgres")).ok()?.parent()?.to_owned())
+            })
             .unwrap_or_else(|| {
                 panic!(
                     "no PostgreSQL server is installed: tests/run installs one, or name the \
