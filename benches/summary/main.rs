@@ -19,7 +19,7 @@ use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
 
 use paired::{Candidate, Measured, side_by_side};
 use report::Target::{self, AtLeast, AtMost};
-use report::{Table, print_machine};
+use report::{print_head, print_machine, print_throughput, print_time};
 use support::{
     BARE_PREPARED, BARE_TYPED, BY_HAND, BareMap, Batches, DURABLE, GROUPED, OURS, PREPARED,
     ROUND_TRIP, SERVERS, SavedBy, Server, SharedStores, Turns, WAYS, has_pgbench, only_a_test,
@@ -31,26 +31,26 @@ fn main() {
         println!("This is a test run: its figures mean nothing.\n");
     }
     print_machine();
-    let mut table = Table::begin();
+    print_head();
     let saves = SERVERS.map(|(durability, server)| {
         let saves = saves(server);
-        print_saves(&mut table, durability, &saves);
+        print_saves(durability, &saves);
         saves
     });
     for (durability, server) in SERVERS {
-        transactions(&mut table, durability, server);
+        transactions(durability, server);
     }
     let threads = [1, 8, 32].map(|count| {
         let measured = threads(count);
-        print_threads(&mut table, count, &measured);
+        print_threads(count, &measured);
         (count, measured)
     });
-    many(&mut table);
+    many();
     for (durability, server) in SERVERS {
-        scale(&mut table, durability, server);
+        scale(durability, server);
     }
     for threads in [1, 16] {
-        memory(&mut table, threads);
+        memory(threads);
     }
     println!();
     cadence::print_table();
@@ -83,11 +83,11 @@ fn saves(server: &Server) -> Measured {
     side_by_side(rounds(300), candidates.collect())
 }
 
-fn print_saves(table: &mut Table, durability: &str, saves: &Measured) {
+fn print_saves(durability: &str, saves: &Measured) {
     let durable = durability == "durable";
     let (ours, prepared) = if durable { (1.4, 1.6) } else { (2.0, 2.5) };
-    let mut row = |what: &str, target, pair| {
-        table.time(&format!("{what}, {durability}"), target, saves, pair);
+    let row = |what: &str, target, pair| {
+        print_time(&format!("{what}, {durability}"), target, saves, pair);
     };
     row("by hand / ours", AtLeast(ours), (BY_HAND, OURS));
     row("by hand / ours prepared", AtLeast(prepared), (BY_HAND, PREPARED));
@@ -97,7 +97,7 @@ fn print_saves(table: &mut Table, durability: &str, saves: &Measured) {
     row("ours prepared / empty round trip", Target::None, (PREPARED, ROUND_TRIP));
 }
 
-fn transactions(table: &mut Table, durability: &str, server: &Server) {
+fn transactions(durability: &str, server: &Server) {
     let (ours, by_hand, without) = ("with ours", "with one by hand", "without");
     let candidate = |name, saved_by| {
         let mut batches = Batches::new(server, 100);
@@ -110,9 +110,9 @@ fn transactions(table: &mut Table, durability: &str, server: &Server) {
     ];
     let measured = side_by_side(rounds(300), candidates);
     let what = format!("transaction of 100 events, our save / the same by hand, {durability}");
-    table.time(&what, AtMost(1.05), &measured, (ours, by_hand));
+    print_time(&what, AtMost(1.05), &measured, (ours, by_hand));
     let what = format!("transaction of 100 events, our save / no save, {durability}");
-    table.time(&what, Target::None, &measured, (ours, without));
+    print_time(&what, Target::None, &measured, (ours, without));
 }
 
 const GROUPED_PREPARED: &str = "ours, grouped and prepared";
@@ -146,14 +146,14 @@ fn threads(threads: usize) -> Measured {
     side_by_side(rounds(15), candidates)
 }
 
-fn print_threads(table: &mut Table, threads: usize, measured: &Measured) {
+fn print_threads(threads: usize, measured: &Measured) {
     if !measured.has(PGBENCH) {
         eprintln!("pgbench is not installed: nothing to compare threads with");
         return;
     }
-    let mut row = |what: &str, target, ours| {
-        let what = format!("{threads} threads, {what} / pgbench with as many connections");
-        table.throughput(&what, target, measured, (ours, PGBENCH), threads);
+    let row = |what: &str, target, ours| {
+        let what = format!("{}, {what} / pgbench with as many connections", threads_word(threads));
+        print_throughput(&what, target, measured, (ours, PGBENCH), threads);
     };
     row("ours", Target::None, OURS);
     row("ours prepared", if threads < 32 { AtLeast(0.95) } else { Target::None }, PREPARED);
@@ -163,7 +163,11 @@ fn print_threads(table: &mut Table, threads: usize, measured: &Measured) {
     }
 }
 
-fn many(table: &mut Table) {
+fn threads_word(count: usize) -> String {
+    if count == 1 { "1 thread".to_owned() } else { format!("{count} threads") }
+}
+
+fn many() {
     let count = if only_a_test() { 10 } else { 1_000 };
     let names: Vec<_> = (0..count).map(|number| format!("projection {number}")).collect();
     let store = &support::store(&DURABLE);
@@ -178,7 +182,7 @@ fn many(table: &mut Table) {
     let candidates =
         vec![Candidate::new("save_many", 5, together), Candidate::new("one by one", 1, one_by_one)];
     let measured = side_by_side(rounds(20), candidates);
-    table.throughput(
+    print_throughput(
         "`save_many` of 1,000 / one by one, durable",
         AtLeast(40.0),
         &measured,
@@ -187,7 +191,7 @@ fn many(table: &mut Table) {
     );
 }
 
-fn scale(table: &mut Table, durability: &str, server: &Server) {
+fn scale(durability: &str, server: &Server) {
     let sizes = [("among few", 10), ("among many", if only_a_test() { 1_000 } else { 1_000_000 })];
     let tables = sizes.map(|(name, size)| (name, size, support::Table::with(server, size)));
     let candidates = tables.iter().map(|(name, projections, table)| {
@@ -199,10 +203,10 @@ fn scale(table: &mut Table, durability: &str, server: &Server) {
     });
     let measured = side_by_side(rounds(500), candidates.collect());
     let what = format!("save among 1,000,000 projections / among 10, {durability}");
-    table.time(&what, AtMost(1.2), &measured, ("among many", "among few"));
+    print_time(&what, AtMost(1.2), &measured, ("among many", "among few"));
 }
 
-fn memory(table: &mut Table, threads: usize) {
+fn memory(threads: usize) {
     let (ours, bare) = (MemoryCheckpointStore::new(), BareMap::default());
     let (ours, bare) = (&ours, &bare);
     let times = if only_a_test() { 10 } else { 200_000 / threads as u64 };
@@ -219,9 +223,9 @@ fn memory(table: &mut Table, threads: usize) {
         Candidate::timed("bare get", times, move |times| times_each(threads, times, bare_gets)),
     ];
     let measured = side_by_side(rounds(100), candidates);
-    let threads = if threads == 1 { "1 thread".to_owned() } else { format!("{threads} threads") };
+    let threads = threads_word(threads);
     for (operation, other) in [("save", "bare save"), ("get", "bare get")] {
         let what = format!("memory {operation} / bare `Mutex<HashMap>`, {threads}");
-        table.time(&what, AtMost(1.05), &measured, (operation, other));
+        print_time(&what, AtMost(1.05), &measured, (operation, other));
     }
 }

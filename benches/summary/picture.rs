@@ -3,7 +3,7 @@ use std::fmt::Write;
 use crate::paired::Measured;
 use crate::report::{duration, thousands};
 use crate::support::{BARE_PREPARED, BARE_TYPED, BY_HAND, GROUPED, OURS, PREPARED, ROUND_TRIP};
-use crate::{GROUPED_PREPARED, PGBENCH};
+use crate::{GROUPED_PREPARED, PGBENCH, threads_word};
 
 const WIDTH: f64 = 760.0;
 const BAR: f64 = 20.0;
@@ -20,7 +20,7 @@ pub(crate) fn draw(saves: &Measured, threads: &[(usize, Measured)]) -> String {
         .iter()
         .map(|name| (*name, saves.seconds(name)))
         .collect();
-    chart.bars(&bars, largest(&bars), |seconds| duration(seconds));
+    chart.bars(&bars, largest(&bars), duration);
 
     chart.title("Durable saves a second by threads on 8 connections; longer is better");
     let groups: Vec<(usize, Vec<_>)> = threads
@@ -36,7 +36,7 @@ pub(crate) fn draw(saves: &Measured, threads: &[(usize, Measured)]) -> String {
         .collect();
     let most = groups.iter().map(|(_, bars)| largest(bars)).fold(0.0, f64::max);
     for (count, bars) in &groups {
-        chart.subtitle(&if *count == 1 { "1 thread".into() } else { format!("{count} threads") });
+        chart.subtitle(&threads_word(*count));
         chart.bars(bars, most, |rate| format!("{}/s", thousands(rate)));
     }
     chart.finish()

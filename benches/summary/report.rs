@@ -33,52 +33,45 @@ pub(crate) enum Target {
     None,
 }
 
-/// The table of ratios, printed a line at a time, because a run takes minutes.
-pub(crate) struct Table;
+/// The head of the table of ratios, which is printed a line at a time, because a run takes minutes.
+pub(crate) fn print_head() {
+    println!("| What | Target | Measured | Half of all rounds | Medians |");
+    println!("|---|---:|---:|---:|---|");
+}
 
-impl Table {
-    pub(crate) fn begin() -> Self {
-        println!("| What | Target | Measured | Half of all rounds | Medians |");
-        println!("|---|---:|---:|---:|---|");
-        Self
-    }
+/// How many times as long `one` takes as `other`.
+pub(crate) fn print_time(
+    what: &str,
+    target: Target,
+    measured: &Measured,
+    (one, other): (&str, &str),
+) {
+    let medians = [one, other].map(|name| duration(measured.seconds(name))).join(" / ");
+    print_line(what, target, measured.ratio(one, other), &medians);
+}
 
-    /// How many times as long `one` takes as `other`.
-    pub(crate) fn time(
-        &mut self,
-        what: &str,
-        target: Target,
-        measured: &Measured,
-        (one, other): (&str, &str),
-    ) {
-        let medians = [one, other].map(|name| duration(measured.seconds(name))).join(" / ");
-        Self::line(what, target, measured.ratio(one, other), &medians);
-    }
+/// How many times as much `one` gets done as `other`; `count` is what one turn did.
+pub(crate) fn print_throughput(
+    what: &str,
+    target: Target,
+    measured: &Measured,
+    (one, other): (&str, &str),
+    count: usize,
+) {
+    let rate = |name| format!("{}/s", thousands(count as f64 / measured.seconds(name)));
+    let medians = [one, other].map(rate).join(" / ");
+    print_line(what, target, measured.ratio(other, one), &medians);
+}
 
-    /// How many times as much `one` gets done as `other`; `count` is what one turn did.
-    pub(crate) fn throughput(
-        &mut self,
-        what: &str,
-        target: Target,
-        measured: &Measured,
-        (one, other): (&str, &str),
-        count: usize,
-    ) {
-        let rate = |name| format!("{}/s", thousands(count as f64 / measured.seconds(name)));
-        let medians = [one, other].map(rate).join(" / ");
-        Self::line(what, target, measured.ratio(other, one), &medians);
-    }
-
-    fn line(what: &str, target: Target, ratio: Spread, medians: &str) {
-        let (target, met) = match target {
-            Target::AtLeast(least) => (format!("≥ {least}"), ratio.median >= least),
-            Target::AtMost(most) => (format!("≤ {most}"), ratio.median <= most),
-            Target::None => (String::new(), true),
-        };
-        let Spread { median, low, high } = ratio;
-        let mark = if met || only_a_test() { "" } else { " ✗" };
-        println!("| {what} | {target} | {median:.2}{mark} | {low:.2} – {high:.2} | {medians} |");
-    }
+fn print_line(what: &str, target: Target, ratio: Spread, medians: &str) {
+    let (target, met) = match target {
+        Target::AtLeast(least) => (format!("≥ {least}"), ratio.median >= least),
+        Target::AtMost(most) => (format!("≤ {most}"), ratio.median <= most),
+        Target::None => (String::new(), true),
+    };
+    let Spread { median, low, high } = ratio;
+    let mark = if met || only_a_test() { "" } else { " ✗" };
+    println!("| {what} | {target} | {median:.2}{mark} | {low:.2} – {high:.2} | {medians} |");
 }
 
 pub(crate) fn duration(seconds: f64) -> String {
