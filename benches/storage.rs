@@ -1,7 +1,7 @@
 //! What a million saves leave in the table, and which storage parameters help.
 //!
-//! Every save goes through the store, in a transaction of its own, from eight threads at once: what
-//! hinders the server's clean-up is other transactions, and a loop in one session would have none.
+//! Every save goes through the store, in a transaction of its own. What hinders the server's clean-up
+//! is other transactions at the same time, so eight threads save; one thread alone is the first row.
 //! The server runs with `fsync = off`: the same work in less time. Autovacuum runs as it is
 //! configured by default.
 
@@ -10,98 +10,107 @@
 mod support;
 
 use checkpoint_store::CheckpointStore;
-use checkpoint_store::postgres::Client;
+use checkpoint_store::postgres::{Client, IsolationLevel};
 
 use support::{Options, Server, Table, client, in_threads, only_a_test, wait_until};
 
-const THREADS: usize = 8;
-
 /// Storage parameters to compare; none is what `migrate` makes.
-const VARIANTS: [&str; 6] = [
-    "",
-    "fillfactor = 90",
-    "fillfactor = 50",
-    "fillfactor = 10",
-    "autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000",
-    "fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000",
-];
+const VARIANTS: [&str; 4] = ["", "fillfactor = 50", "fillfactor = 25", "fillfactor = 10"];
 
 fn main() {
-    let saves = |full| if only_a_test() { 2_000 } else { full };
     let server = Server::start(Options::fast());
-    println!("| projections | saves | storage parameters | HOT | heap | index | WAL a save |");
-    println!("|---:|---:|---|---:|---:|---:|---:|");
-    for (projections, saves) in
-        [(10, saves(300_000)), (100, saves(1_000_000)), (1_000, saves(300_000))]
-    {
+    println!(
+        "| Threads | Projections | Saves | Storage parameters | HOT | Heap | Index | WAL a save |"
+    );
+    println!("|---:|---:|---:|---|---:|---:|---:|---:|");
+    measure(&server, &Load { threads: 1, projections: 100, saves: 1_000_000 }, "");
+    for (projections, saves) in [(10, 200_000), (100, 1_000_000), (1_000, 200_000)] {
         for variant in VARIANTS {
-            let table = Table::configured(&server, variant);
-            let written = table.wal(|| table.save(projections, saves));
-            let Table { store, schema } = table;
-            drop(store); // its sessions report what they did when they end
-            let mut observer = client(&server.params());
-            let hot = hot_share(&mut observer, &schema, saves - projections);
-            print_row(&mut observer, &schema, projections, saves, variant, Some(hot), written);
+            measure(&server, &Load { threads: 8, projections, saves }, variant);
         }
     }
-    while_a_transaction_lasts(&server, saves(200_000));
+    while_a_transaction_lasts(&server);
+}
+
+/// Who saves, and how much.
+struct Load {
+    threads: usize,
+    projections: u64,
+    saves: u64,
+}
+
+impl Load {
+    fn saves(&self) -> u64 {
+        if only_a_test() { self.saves.min(2_000) } else { self.saves }
+    }
+
+    fn run(&self, table: &Table) {
+        in_threads(self.threads, |thread| {
+            for save in (thread as u64..self.saves()).step_by(self.threads) {
+                let projection = format!("projection {}", save % self.projections);
+                table.store.save(&projection, save.cast_signed()).expect("saved");
+            }
+        });
+    }
+}
+
+fn measure(server: &Server, load: &Load, parameters: &str) {
+    let table = configured(server, parameters);
+    let mut observer = client(&server.params());
+    let written = wal(&mut observer, || load.run(&table));
+    let Table { store, schema } = table;
+    drop(store); // its sessions report what they did when they end
+    let hot = hot_share(&mut observer, &schema, load.saves() - load.projections);
+    let hot = format!("{:.2} %", hot * 100.0);
+    let what = if parameters.is_empty() { "(none)" } else { parameters };
+    print_row(&mut observer, &schema, load, what, &hot, written);
 }
 
 /// A transaction anywhere in the database that keeps its snapshot keeps the server from removing
 /// what has changed since.
-fn while_a_transaction_lasts(server: &Server, saves: u64) {
+fn while_a_transaction_lasts(server: &Server) {
+    let load = Load { threads: 8, projections: 100, saves: 200_000 };
     let table = Table::new(server);
-    let mut other = client(&server.params());
-    let mut snapshot = other.build_transaction().read_only(true);
-    snapshot = snapshot.isolation_level(checkpoint_store::postgres::IsolationLevel::RepeatableRead);
-    let mut lasting = snapshot.start().expect("a transaction");
-    lasting.query("SELECT FROM pg_class", &[]).expect("a snapshot");
-
-    let written = table.wal(|| table.save(100, saves));
     let mut observer = client(&server.params());
-    let mut report = |what, written| {
-        print_row(&mut observer, &table.schema, 100, saves, what, None, written);
+    let mut report = |what, work: &dyn Fn()| {
+        let written = wal(&mut observer, work);
+        print_row(&mut observer, &table.schema, &load, what, "", written);
     };
-    report("while another transaction keeps a snapshot", written);
+    let mut other = client(&server.params());
+    let mut lasting = other
+        .build_transaction()
+        .isolation_level(IsolationLevel::RepeatableRead)
+        .start()
+        .expect("a transaction");
+    lasting.query("SELECT FROM pg_class", &[]).expect("a snapshot");
+    report("(none), another transaction keeps a snapshot", &|| load.run(&table));
     lasting.rollback().expect("the end of it");
-    let written = table.wal(|| table.save(100, saves));
-    report("after it has ended, as many saves later", written);
-    let vacuum = format!("VACUUM {}.projection_checkpoints", table.schema);
-    client(&server.params()).batch_execute(&vacuum).expect("vacuumed");
-    report("after VACUUM", 0);
+    report("(none), as many saves after its end", &|| load.run(&table));
+    report("(none), after VACUUM", &|| {
+        let vacuum = format!("VACUUM {}.projection_checkpoints", table.schema);
+        client(&server.params()).batch_execute(&vacuum).expect("vacuumed");
+    });
 }
 
-impl Table {
-    fn configured(server: &Server, parameters: &str) -> Self {
-        let table = Self::new(server);
-        if !parameters.is_empty() {
-            let schema = &table.schema;
-            let alter = format!("ALTER TABLE {schema}.projection_checkpoints SET ({parameters})");
-            client(&server.params()).batch_execute(&alter).expect("storage parameters");
-        }
-        table
+fn configured(server: &Server, parameters: &str) -> Table {
+    let table = Table::new(server);
+    if !parameters.is_empty() {
+        let schema = &table.schema;
+        let alter = format!("ALTER TABLE {schema}.projection_checkpoints SET ({parameters})");
+        client(&server.params()).batch_execute(&alter).expect("storage parameters");
     }
+    table
+}
 
-    fn save(&self, projections: u64, saves: u64) {
-        in_threads(THREADS, |thread| {
-            for save in (thread as u64..saves).step_by(THREADS) {
-                let projection = format!("projection {}", save % projections);
-                self.store.save(&projection, save.cast_signed()).expect("saved");
-            }
-        });
-    }
-
-    /// How many bytes `work` adds to the server's log.
-    fn wal(&self, work: impl FnOnce()) -> u64 {
-        let mut observer = self.store.pool().get().expect("a connection");
-        let mut position = || -> i64 {
-            let query = "SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint";
-            observer.query_one(query, &[]).expect("a position").get(0)
-        };
-        let before = position();
-        work();
-        (position() - before).unsigned_abs()
-    }
+/// How many bytes `work` adds to the server's log.
+fn wal(observer: &mut Client, work: impl FnOnce()) -> u64 {
+    let mut position = || -> i64 {
+        let query = "SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint";
+        observer.query_one(query, &[]).expect("a position").get(0)
+    };
+    let before = position();
+    work();
+    (position() - before).unsigned_abs()
 }
 
 /// The share of updates that touched no index, once the server knows of all of them.
@@ -119,22 +128,18 @@ fn hot_share(observer: &mut Client, schema: &str, at_least: u64) -> f64 {
 fn print_row(
     observer: &mut Client,
     schema: &str,
-    projections: u64,
-    saves: u64,
+    load: &Load,
     what: &str,
-    hot: Option<f64>,
+    hot: &str,
     written: u64,
 ) {
     let query = "SELECT pg_relation_size(oid), pg_indexes_size(oid) FROM pg_class
                  WHERE oid = ($1 || '.projection_checkpoints')::regclass";
     let row = observer.query_one(query, &[&schema]).expect("the table's size");
-    let kib = |column| row.get::<_, i64>(column) / 1_024;
-    let hot = hot.map_or_else(String::new, |share| format!("{:.2} %", share * 100.0));
-    let what = if what.is_empty() { "(none)" } else { what };
+    let [heap, index] = [0, 1].map(|column| row.get::<_, i64>(column) / 1_024);
+    let (Load { threads, projections, .. }, saves) = (load, load.saves());
+    let written = written / saves;
     println!(
-        "| {projections} | {saves} | {what} | {hot} | {} KiB | {} KiB | {} B |",
-        kib(0),
-        kib(1),
-        written / saves
+        "| {threads} | {projections} | {saves} | {what} | {hot} | {heap} KiB | {index} KiB | {written} B |"
     );
 }
