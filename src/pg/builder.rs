@@ -169,6 +169,30 @@ impl PostgresCheckpointStoreBuilder {
     /// `connect_timeout` 4 seconds an address, `tcp_user_timeout` 10 seconds, `keepalives_idle` 10
     /// seconds, `keepalives_interval` 3 seconds, `keepalives_retries` 3.
     ///
+    /// # When the network goes away
+    ///
+    /// Every operation ends as [`Unavailable`](crate::Error::Unavailable), and works again when
+    /// the network does. With the values above, and the link to the server taken down: `connect`
+    /// after 4 seconds an address; `advance`, and any operation in a transaction on one of the
+    /// pool's connections, after 10; the others after 30, for they are tried again until then.
+    /// The longest that any of them can take is 50 seconds: 30, and then 20 until TCP gives up on
+    /// an answer that is outstanding. A connection of your own, not from
+    /// [`pool`](PostgresCheckpointStore::pool), has the bounds that you gave it, by default none.
+    ///
+    /// The server does not notice as soon: what a lost client's transaction has locked stays
+    /// locked until the server's own `tcp_keepalives_idle`, two hours by default, or its
+    /// `idle_in_transaction_session_timeout`. Set one of them there.
+    ///
+    /// # When the server stands still
+    ///
+    /// A server that is stopped, or waits for a dead disk, while its kernel still acknowledges
+    /// what is sent, looks alive to TCP. Whoever needs a new connection is told after 30 seconds;
+    /// **an operation that has a connection waits until the server goes on**, and then succeeds.
+    /// The `postgres` crate has no time-out for an answer, `statement_timeout` is the server's to
+    /// keep, and a request to cancel would wait as well. Where that is not good enough let a
+    /// watchdog end the process once the projection has made no progress for too long: nothing
+    /// that was acknowledged is lost by that, and no more is done twice than by any other crash.
+    ///
     /// # Errors
     ///
     /// [`Unavailable`](crate::Error::Unavailable) when no connection can be made, with the cause:

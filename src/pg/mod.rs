@@ -215,6 +215,9 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
 
     /// The pool, to run the caller's own statements and transactions on.
     ///
+    /// Its `Debug` output tells the parameters, host and user among them, without the password;
+    /// that of the store tells none.
+    ///
     /// # Examples
     ///
     /// ```no_run
@@ -266,9 +269,15 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
             if losses == known.map_or(0, |known| known.0) {
                 break client;
             }
-            if client.check_connection().is_ok() {
-                PooledConnection::extensions_mut(&mut client).insert(KnownToWork(losses));
-                break client;
+            match client.check_connection() {
+                Ok(()) => {
+                    PooledConnection::extensions_mut(&mut client).insert(KnownToWork(losses));
+                    break client;
+                }
+                Err(cause) if Instant::now() >= deadline => {
+                    return Err(failure(operation, subject, cause));
+                }
+                Err(_) => {}
             }
         };
         run(&mut client).map_err(|cause| {

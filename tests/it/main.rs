@@ -23,6 +23,7 @@ mod postgres;
 mod prepared;
 mod privileges;
 mod redis;
+mod secrets;
 mod source_system;
 mod sql_files;
 mod threaded_batch;

@@ -4,7 +4,7 @@ use std::thread;
 
 use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore};
 
-use crate::harness::{self, Schema, chain, sql_state};
+use crate::harness::{self, Schema};
 
 fn store(database: &str, schema: &str) -> PostgresCheckpointStore {
     PostgresCheckpointStore::builder().schema(schema).max_connections(1).connect(database).unwrap()
@@ -72,45 +72,6 @@ fn two_long_named_tables_in_a_schema_get_an_index_each() {
         store.save("orders", 1).unwrap();
     }
     assert_eq!(indexes(&database, "public").len(), 4);
-}
-
-#[test]
-fn a_role_that_may_only_read_and_write_rows_can_do_everything() {
-    let database = harness::fresh_database();
-    store(&database, "public").migrate().unwrap();
-    let mut admin = harness::client(&database);
-    admin
-        .batch_execute(
-            "DROP ROLE IF EXISTS writer; CREATE ROLE writer LOGIN;
-             REVOKE ALL ON SCHEMA public FROM PUBLIC;
-             GRANT USAGE ON SCHEMA public TO writer;
-             GRANT SELECT, INSERT, UPDATE, DELETE ON public.projection_checkpoints TO writer;",
-        )
-        .unwrap();
-    let as_writer = database.replace("postgres@", "writer@");
-    let store = store(&as_writer, "public");
-    store.migrate().unwrap();
-    store.save("orders", 1).unwrap();
-    store.advance("orders", 1, 2).unwrap();
-    store.save_many(&[("orders", 3), ("revenue", 3)]).unwrap();
-    assert_eq!(store.all().unwrap().len(), 2);
-    let mut client = store.pool().get().unwrap();
-    let mut tx = client.transaction().unwrap();
-    assert_eq!(store.in_transaction(&mut tx).lock("orders").unwrap(), 3);
-    assert_eq!(store.in_transaction(&mut tx).try_lock("new").unwrap(), Some(0));
-    tx.commit().unwrap();
-    drop(client);
-    assert!(store.delete("orders").unwrap());
-
-    let error = PostgresCheckpointStore::builder()
-        .schema("not there")
-        .connect(&as_writer)
-        .unwrap()
-        .migrate()
-        .unwrap_err();
-    assert!(matches!(error, Error::Backend { operation: "migrate", .. }), "{error:?}");
-    assert_eq!(sql_state(&error).as_deref(), Some("42501"));
-    assert!(chain(&error).contains("table \"not there\".\"projection_checkpoints\""));
 }
 
 #[test]

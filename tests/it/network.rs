@@ -1,142 +1,225 @@
-//! A network that goes dead without a word, and a server that does.
+//! A network that goes away, and a server that stands still.
 
-use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use checkpoint_store::postgres::NoTls;
+use checkpoint_store::postgres::{Client, NoTls, Transaction};
 use checkpoint_store::r2d2::Pool;
 use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
 use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore, Result};
 use rustix::process::Signal;
 
-use crate::harness::{self, Network, Options, Schema, Server, free_port, signal_pid, wait_until};
+use crate::harness::{Network, Options, Server, chain, client, signal_pid, wait_until};
 
-/// The time-outs of these tests, shorter than the defaults.
-const TCP_USER_TIMEOUT: u64 = 2;
+/// Everything that bounds a wait, as short as it can be said.
+const SHORT: &str = "connect_timeout=1 tcp_user_timeout=2 keepalives_idle=1 keepalives_interval=1 \
+                     keepalives_retries=2";
 const POOL_TIMEOUT: Duration = Duration::from_secs(3);
-/// Both together, and ample time for a slow machine. Without any time-out it would be 15 minutes
-/// or more, Linux's own limit of retransmission.
-const BOUND: Duration = Duration::from_mins(1);
+/// Far more than the sum of all of them, for a machine that has other things to do.
+const BOUND: Duration = Duration::from_secs(20);
 
-/// A store with one warm connection over the link.
-fn warm_store(params: &str) -> PostgresCheckpointStore {
+fn store(params: &str, connections: u32) -> PostgresCheckpointStore {
     let pool = Pool::builder()
-        .max_size(1)
+        .max_size(connections)
         .min_idle(Some(0))
-        .test_on_check_out(false)
         .connection_timeout(POOL_TIMEOUT)
-        .build(PostgresConnectionManager::new(params.parse().unwrap(), NoTls))
-        .unwrap();
-    let store = PostgresCheckpointStore::new(pool);
-    store.get("orders").unwrap();
-    store
+        .test_on_check_out(false)
+        .build_unchecked(PostgresConnectionManager::new(params.parse().unwrap(), NoTls));
+    PostgresCheckpointStore::builder().build(pool).unwrap()
+}
+
+/// Opens as many connections as the pool may have, and leaves them idle.
+fn fill(store: &PostgresCheckpointStore) {
+    let held: Vec<_> = (0..store.pool().max_size()).map(|_| store.pool().get().unwrap()).collect();
+    assert_eq!(held.len(), store.pool().max_size() as usize);
 }
 
 type Operation = (&'static str, fn(&PostgresCheckpointStore) -> Result<()>);
 
-const OPERATIONS: [Operation; 7] = [
-    ("find", |store| store.find("orders").map(drop)),
-    ("get", |store| store.get("orders").map(drop)),
+const POOLED: [Operation; 7] = [
+    ("find", |store| store.find("find").map(drop)),
+    ("get", |store| store.get("get").map(drop)),
     ("all", |store| store.all().map(drop)),
-    ("save", |store| store.save("orders", 2)),
-    ("save_many", |store| store.save_many(&[("orders", 2)])),
-    ("advance", |store| store.advance("orders", 1, 2)),
-    ("delete", |store| store.delete("nothing").map(drop)),
+    ("save", |store| store.save("save", 2)),
+    ("save_many", |store| store.save_many(&[("save_many", 2), ("others", 2)])),
+    ("advance", |store| store.advance("advance", 1, 2)),
+    ("delete", |store| store.delete("delete").map(drop)),
 ];
 
+type Step = (&'static str, fn(&PostgresCheckpointStore, &mut Transaction<'_>) -> Result<()>);
+
+const IN_TRANSACTION: [Step; 8] = [
+    ("find", |store, tx| store.in_transaction(tx).find("tx find").map(drop)),
+    ("get", |store, tx| store.in_transaction(tx).get("tx get").map(drop)),
+    ("save", |store, tx| store.in_transaction(tx).save("tx save", 2)),
+    ("save_many", |store, tx| store.in_transaction(tx).save_many(&[("tx save_many", 2)])),
+    ("advance", |store, tx| store.in_transaction(tx).advance("tx advance", 0, 2)),
+    ("delete", |store, tx| store.in_transaction(tx).delete("tx delete").map(drop)),
+    ("lock", |store, tx| store.in_transaction(tx).lock("tx lock").map(drop)),
+    ("try_lock", |store, tx| store.in_transaction(tx).try_lock("tx try_lock").map(drop)),
+];
+
+fn is_unavailable(what: &str, started: Instant, outcome: Result<()>) {
+    let took = started.elapsed();
+    let error = outcome.expect_err(what);
+    assert!(matches!(error, Error::Unavailable { .. }), "{what}: {error:?}");
+    assert!(error.is_transient(), "{what}: {error:?}");
+    let told = chain(&error);
+    // `get` is a `find`.
+    let operation = what.trim_start_matches("tx ").replace("get", "find");
+    assert!(told.contains(&format!(": {operation}: ")), "{what}: {told}");
+    assert!(took < BOUND, "{what}: {took:?}");
+    println!("link down, {what}: {took:?}: {told}");
+}
+
 #[test]
-fn on_a_dead_network_every_operation_ends_in_bounded_time_and_works_again_later() {
-    let port = free_port();
-    let network = Network::new(port);
-    let options = Options {
-        listen: network.here().to_owned(),
-        port: Some(port),
-        hba: Some("host all all all trust".to_owned()),
+fn a_link_that_goes_down_is_an_error_in_bounded_time_and_works_again_when_it_is_up() {
+    let network = Network::new();
+    let server = Server::start(Options {
+        listen: network.address().to_owned(),
+        hba: Some(format!("host all all {}/30 trust\n", network.address())),
+        through: network.inside(),
         ..Options::fast()
-    };
-    let server = Server::start(options);
-    let params = format!(
-        "{} connect_timeout=1 tcp_user_timeout={TCP_USER_TIMEOUT} keepalives_idle=1 \
-         keepalives_interval=1 keepalives_retries=2",
-        network.params()
-    );
-    let table = PostgresCheckpointStore::connect(&server.params()).unwrap();
-    table.migrate().unwrap();
-    table.save("orders", 1).unwrap();
-
-    let stores: Vec<_> = OPERATIONS.iter().map(|_| warm_store(&params)).collect();
-    let in_transaction = warm_store(&params);
-    let mut client = harness::client(&params);
-    let mut tx = client.transaction().unwrap();
-    in_transaction.in_transaction(&mut tx).lock("mine").unwrap();
-
-    network.cut();
-    let longest = thread::scope(|scope| {
-        let pooled: Vec<_> = OPERATIONS
-            .iter()
-            .zip(&stores)
-            .map(|((name, run), store)| {
-                scope.spawn(move || {
-                    let started = Instant::now();
-                    let error = run(store).expect_err(name);
-                    assert!(matches!(error, Error::Unavailable { .. }), "{name}: {error:?}");
-                    assert!(error.is_transient(), "{name}: {error:?}");
-                    started.elapsed()
-                })
-            })
-            .collect();
-        let started = Instant::now();
-        let error = in_transaction.in_transaction(&mut tx).save("mine", 1).unwrap_err();
-        assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
-        let in_transaction = started.elapsed();
-        pooled.into_iter().map(|pooled| pooled.join().unwrap()).max().max(Some(in_transaction))
+            // So that the server, too, finds out who is gone, and lets go of what they held.
+            .set("tcp_keepalives_idle", "1")
+            .set("tcp_keepalives_interval", "1")
+            .set("tcp_keepalives_count", "2")
     });
-    let longest = longest.unwrap();
-    println!("dead network: the longest operation took {longest:?}");
-    assert!(longest < BOUND, "{longest:?}");
-
-    network.mend();
-    for ((name, run), store) in OPERATIONS.iter().zip(&stores) {
-        table.save("orders", 1).unwrap();
-        wait_until("the store works again", || store.get("orders").is_ok());
-        run(store).unwrap_or_else(|error| panic!("{name} after the network is back: {error:?}"));
+    let params = format!("{} {SHORT}", server.params());
+    let pools: Vec<_> = POOLED.iter().map(|_| store(&params, 2)).collect();
+    let (waiting, unconnected) = (store(&params, 1), store(&params, 1));
+    waiting.migrate().unwrap();
+    for (name, _) in POOLED {
+        waiting.save(name, 1).unwrap();
     }
-    assert_eq!(table.find("mine").unwrap(), None, "the transaction that was cut off left nothing");
+    pools.iter().for_each(fill);
+
+    // One round more than the link lasts: each takes what the last one has left behind.
+    for round in ["first", "second"] {
+        let mut clients: Vec<Client> = IN_TRANSACTION.iter().map(|_| client(&params)).collect();
+        let mut holder = client(&params);
+        thread::scope(|scope| {
+            let mut transactions: Vec<_> =
+                clients.iter_mut().map(|client| client.transaction().unwrap()).collect();
+            for tx in &mut transactions {
+                tx.batch_execute("SELECT 1").unwrap();
+            }
+            // One that has been sent, and whose answer is to come.
+            let mut held = holder.transaction().unwrap();
+            waiting.in_transaction(&mut held).lock("held").unwrap();
+            let waiter = scope.spawn(|| waiting.save("held", 2));
+            wait_until("it waits for the row", || {
+                let sql = "SELECT count(*) FROM pg_locks WHERE NOT granted";
+                held.query_one(sql, &[]).unwrap().get::<_, i64>(0) == 1
+            });
+
+            network.cut();
+            let started = Instant::now();
+            for ((what, operation), store) in POOLED.iter().zip(&pools) {
+                scope.spawn(move || is_unavailable(what, started, operation(store)));
+            }
+            for ((what, step), tx) in IN_TRANSACTION.iter().zip(transactions) {
+                let (what, store) = (format!("tx {what}"), &waiting);
+                scope.spawn(move || {
+                    let mut tx = tx;
+                    let outcome = step(store, &mut tx);
+                    is_unavailable(&what, started, outcome);
+                });
+            }
+            let (unconnected, params) = (&unconnected, &params);
+            scope.spawn(move || {
+                is_unavailable("get", started, unconnected.get("orders").map(drop));
+            });
+            scope.spawn(move || {
+                let refused = PostgresCheckpointStore::connect(params);
+                is_unavailable("connect", started, refused.map(drop));
+            });
+            is_unavailable("save", started, waiter.join().unwrap());
+        });
+
+        network.mend();
+        for ((what, operation), store) in POOLED.iter().zip(&pools) {
+            // What was sent may have been carried out, so put it where it was.
+            wait_until(&format!("{round} time: {what} works again"), || {
+                let again = store.save(what, 1).and_then(|()| operation(store));
+                again.and_then(|()| store.save(what, 1)).is_ok()
+            });
+            fill(store);
+        }
+        wait_until("the server has let go of what the lost ones held", || {
+            waiting.save("held", 1).is_ok()
+        });
+        unconnected.save("orders", 1).unwrap();
+        PostgresCheckpointStore::connect(&params).unwrap();
+    }
+}
+
+/// All processes of a server that may answer a client, the one that takes new ones included.
+fn stand_still(server: &Server, how: Signal, backends: &[i32]) {
+    for pid in backends.iter().chain(&[server.pid()]) {
+        signal_pid(*pid, how);
+    }
 }
 
 #[test]
-fn a_frozen_server_is_waited_for_and_nothing_is_lost_when_it_goes_on() {
+fn a_server_that_stands_still_makes_operations_wait_and_loses_nothing() {
     let server = Server::start(Options::fast());
-    let store =
-        PostgresCheckpointStore::builder().max_connections(1).connect(&server.params()).unwrap();
-    store.migrate().unwrap();
-    let backend = {
-        let mut client = store.pool().get().unwrap();
-        client.query_one("SELECT pg_backend_pid()", &[]).unwrap().get::<_, i32>(0)
-    };
-    signal_pid(backend, Signal::STOP);
-    let (done, outcome) = channel();
-    thread::scope(|scope| {
-        scope.spawn(|| done.send(store.save("orders", 1)).unwrap());
-        // Longer than any save takes: this is what the documentation says cannot be bounded.
-        let waited = outcome.recv_timeout(Duration::from_millis(500));
-        assert!(matches!(waited, Err(RecvTimeoutError::Timeout)), "{waited:?}");
-        signal_pid(backend, Signal::CONT);
-        outcome.recv().unwrap().unwrap();
+    let params = format!("{} {SHORT}", server.params());
+    let (save, advance, full) = (store(&params, 1), store(&params, 1), store(&params, 1));
+    full.migrate().unwrap();
+    save.save("save", 1).unwrap();
+    advance.save("advance", 1).unwrap();
+    let mut client = client(&params);
+    let mut backends: Vec<i32> = Vec::new();
+    wait_until("the four that are ours are left", || {
+        let sql = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'";
+        backends = client.query(sql, &[]).unwrap().iter().map(|row| row.get(0)).collect();
+        backends.len() == 4
     });
-    assert_eq!(store.get("orders").unwrap(), 1);
+
+    thread::scope(|scope| {
+        let (ended, ends) = mpsc::channel();
+        let mut tx = client.transaction().unwrap();
+        save.in_transaction(&mut tx).lock("tx").unwrap();
+        stand_still(&server, Signal::STOP, &backends);
+        let thaw = Thaw(&server, &backends);
+
+        let (done, (save, advance)) = (ended.clone(), (&save, &advance));
+        scope.spawn(move || done.send(("save", save.save("save", 2))));
+        let done = ended.clone();
+        scope.spawn(move || done.send(("advance", advance.advance("advance", 1, 2))));
+        let done = ended;
+        scope.spawn(move || {
+            let saved = save.in_transaction(&mut tx).save("tx", 2);
+            let lost = |error: checkpoint_store::postgres::Error| Error::backend("commit", error);
+            done.send(("tx", saved.and_then(|()| tx.commit().map_err(lost))))
+        });
+        // Whoever needs a new connection is not kept longer than the pool says.
+        let started = Instant::now();
+        let error = store(&params, 1).get("orders").unwrap_err();
+        assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+        assert!((POOL_TIMEOUT..BOUND).contains(&started.elapsed()), "{:?}", started.elapsed());
+        // Its kernel acknowledges what is sent, so no setting of TCP ends the wait: all of them
+        // have passed by now.
+        assert!(ends.try_recv().is_err(), "what waits for an answer goes on waiting");
+
+        drop(thaw);
+        for _ in 0..3 {
+            let (what, outcome) = ends.recv_timeout(Duration::from_mins(1)).unwrap();
+            outcome.expect(what);
+        }
+    });
+    for name in ["save", "advance", "tx"] {
+        assert_eq!(full.get(name).unwrap(), 2, "{name}");
+    }
 }
 
-#[test]
-fn a_statement_time_out_bounds_a_wait_for_a_rival() {
-    let schema = Schema::new();
-    let params = format!("{} options='-c statement_timeout=50'", harness::server().params());
-    let store = PostgresCheckpointStore::builder().schema(&schema.name).connect(&params).unwrap();
-    let mut client = schema.client();
-    let mut tx = client.transaction().unwrap();
-    schema.store.in_transaction(&mut tx).lock("orders").unwrap();
-    let error = store.save("orders", 1).unwrap_err();
-    assert!(matches!(error, Error::Backend { operation: "save", .. }), "{error:?}");
-    assert_eq!(harness::sql_state(&error).as_deref(), Some("57014"));
+/// Lets a server go on, whatever became of the test.
+struct Thaw<'a>(&'a Server, &'a [i32]);
+
+impl Drop for Thaw<'_> {
+    fn drop(&mut self) {
+        stand_still(self.0, Signal::CONT, self.1);
+    }
 }

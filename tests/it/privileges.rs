@@ -1,114 +1,177 @@
-//! The rights that the README names are enough, and each that is missing is named.
+//! The least that a role has to be granted, and what is said when it is less.
 
 use checkpoint_store::postgres::Transaction;
-use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore, Result};
+use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore, Result, conformance};
 
 use crate::harness::{self, chain, sql_state};
 
-type InTransaction = fn(&PostgresCheckpointStore, &mut Transaction<'_>) -> Result<()>;
-type Pooled = fn(&PostgresCheckpointStore) -> Result<()>;
-
-/// What fails for want of each right; everything else goes on working.
-const NEEDS: [(&str, &[(&str, Pooled)]); 4] = [
-    (
-        "SELECT",
-        &[
-            ("find", |store| store.find("orders").map(drop)),
-            ("find", |store| store.get("orders").map(drop)),
-            ("all", |store| store.all().map(drop)),
-            ("save", |store| store.save("orders", 1)),
-            ("save_many", |store| store.save_many(&[("orders", 1)])),
-            ("advance", |store| store.advance("orders", 1, 2)),
-            ("delete", |store| store.delete("orders").map(drop)),
-        ],
-    ),
-    (
-        "INSERT",
-        &[
-            ("save", |store| store.save("orders", 1)),
-            ("save_many", |store| store.save_many(&[("orders", 1)])),
-            ("advance", |store| store.advance("orders", 1, 2)),
-        ],
-    ),
-    (
-        "UPDATE",
-        &[
-            ("save", |store| store.save("orders", 1)),
-            ("save_many", |store| store.save_many(&[("orders", 1)])),
-            ("advance", |store| store.advance("orders", 1, 2)),
-        ],
-    ),
-    ("DELETE", &[("delete", |store| store.delete("orders").map(drop))]),
+/// All that the documentation asks for.
+const GRANTS: [(&str, &str); 5] = [
+    ("USAGE", "SCHEMA app"),
+    ("SELECT", "TABLE app.projection_checkpoints"),
+    ("INSERT", "TABLE app.projection_checkpoints"),
+    ("UPDATE", "TABLE app.projection_checkpoints"),
+    ("DELETE", "TABLE app.projection_checkpoints"),
 ];
 
-const LOCKS: [(&str, InTransaction); 2] = [
-    ("lock", |store, tx| store.in_transaction(tx).lock("orders").map(drop)),
-    ("try_lock", |store, tx| store.in_transaction(tx).try_lock("orders").map(drop)),
+const TABLE: &str = "table \"app\".\"projection_checkpoints\"";
+
+/// A database with a table in schema `app`, and a role that may do nothing there at all.
+struct Granted {
+    admin: checkpoint_store::postgres::Client,
+    owner: PostgresCheckpointStore,
+    role: String,
+    params: String,
+}
+
+impl Granted {
+    fn nothing() -> Self {
+        let database = harness::fresh_database();
+        let owner = PostgresCheckpointStore::builder().schema("app").connect(&database).unwrap();
+        owner.migrate().unwrap();
+        let mut admin = harness::client(&database);
+        let name: String = admin.query_one("SELECT current_database()::text", &[]).unwrap().get(0);
+        let role = format!("role_of_{name}");
+        admin
+            .batch_execute(&format!(
+                "CREATE ROLE {role} LOGIN;
+                 REVOKE ALL ON DATABASE {name} FROM PUBLIC;
+                 REVOKE ALL ON SCHEMA public FROM PUBLIC;
+                 GRANT CONNECT ON DATABASE {name} TO {role};"
+            ))
+            .unwrap();
+        let params = database.replace("postgres@", &format!("{role}@"));
+        Self { admin, owner, role, params }
+    }
+
+    fn grant(&mut self, (privilege, on): (&str, &str)) {
+        let sql = format!("GRANT {privilege} ON {on} TO {}", self.role);
+        self.admin.batch_execute(&sql).unwrap();
+    }
+
+    fn store(&self) -> PostgresCheckpointStore {
+        PostgresCheckpointStore::builder().schema("app").connect(&self.params).unwrap()
+    }
+}
+
+type Operation = fn(&PostgresCheckpointStore) -> Result<()>;
+
+fn in_transaction(
+    store: &PostgresCheckpointStore,
+    work: impl FnOnce(&mut Transaction<'_>) -> Result<()>,
+) -> Result<()> {
+    let mut client = store.pool().get().unwrap();
+    let mut tx = client.transaction().unwrap();
+    work(&mut tx)?;
+    tx.commit().unwrap();
+    Ok(())
+}
+
+/// Every operation, and the privileges on the table that it cannot do without.
+const OPERATIONS: [(&str, &[&str], Operation); 11] = [
+    ("find", &["SELECT"], |store| store.find("there").map(drop)),
+    ("all", &["SELECT"], |store| store.all().map(drop)),
+    ("save", &["SELECT", "INSERT", "UPDATE"], |store| store.save("there", 1)),
+    ("save", &["SELECT", "INSERT", "UPDATE"], |store| store.save("new", 1)),
+    ("save_many", &["SELECT", "INSERT", "UPDATE"], |store| store.save_many(&[("new", 1)])),
+    ("advance", &["SELECT", "INSERT", "UPDATE"], |store| store.advance("there", 1, 1)),
+    ("lock", &["SELECT", "INSERT", "UPDATE"], |store| {
+        in_transaction(store, |tx| store.in_transaction(tx).lock("there").map(drop))
+    }),
+    ("try_lock", &["SELECT", "UPDATE"], |store| {
+        in_transaction(store, |tx| store.in_transaction(tx).try_lock("there").map(drop))
+    }),
+    ("try_lock", &["SELECT", "INSERT", "UPDATE"], |store| {
+        in_transaction(store, |tx| store.in_transaction(tx).try_lock("absent").map(drop))
+    }),
+    ("delete", &["SELECT", "DELETE"], |store| store.delete("new").map(drop)),
+    ("delete", &["SELECT", "DELETE"], |store| store.delete("never").map(drop)),
 ];
 
-#[track_caller]
-fn assert_names(refusal: Result<()>, missing: &str, operation: &str) {
-    let error = refusal.expect_err(missing);
-    let told = chain(&error);
-    assert!(
-        matches!(error, Error::Backend { operation: failed, .. } if failed == operation),
-        "without {missing}, {operation}: {told}"
-    );
-    assert_eq!(sql_state(&error).as_deref(), Some("42501"), "{told}");
-    assert!(told.contains("\"public\".\"projection_checkpoints\""), "{told}");
-    assert!(told.contains("permission denied"), "{told}");
-    assert!(!error.is_transient());
+#[test]
+fn the_grants_of_the_documentation_are_enough_for_everything() {
+    let mut granted = Granted::nothing();
+    GRANTS.into_iter().for_each(|grant| granted.grant(grant));
+    let store = granted.store();
+    store.migrate().unwrap();
+    conformance::verify(&store);
+    store.save("there", 1).unwrap();
+    for (operation, _, run) in OPERATIONS {
+        run(&store).expect(operation);
+    }
+    let prepared = PostgresCheckpointStore::builder()
+        .schema("app")
+        .prepared_statements(true)
+        .connect(&granted.params)
+        .unwrap();
+    prepared.save("there", 2).unwrap();
+    assert_eq!(granted.owner.get("there").unwrap(), 2);
+
+    // They are the least that there is: none of them is there already, and none gives more.
+    let mut client = harness::client(&granted.params);
+    for refused in [
+        "CREATE TABLE app.another ()",
+        "CREATE SCHEMA another",
+        "CREATE TEMPORARY TABLE another ()",
+        "TRUNCATE app.projection_checkpoints",
+        "ALTER TABLE app.projection_checkpoints ADD another text",
+        "DROP TABLE app.projection_checkpoints",
+    ] {
+        let error = client.batch_execute(refused).unwrap_err();
+        assert_eq!(error.code().map(|code| code.code()), Some("42501"), "{refused}");
+    }
 }
 
 #[test]
-fn each_right_that_is_missing_is_named_with_the_operation_and_the_table() {
-    let database = harness::fresh_database();
-    PostgresCheckpointStore::connect(&database).unwrap().migrate().unwrap();
-    let mut admin = harness::client(&database);
-    for (missing, refused) in NEEDS {
-        let role = format!("without_{}", missing.to_lowercase());
-        admin
-            .batch_execute(&format!(
-                "DROP ROLE IF EXISTS {role}; CREATE ROLE {role} LOGIN;
-                 GRANT USAGE ON SCHEMA public TO {role};
-                 GRANT SELECT, INSERT, UPDATE, DELETE ON public.projection_checkpoints TO {role};
-                 REVOKE {missing} ON public.projection_checkpoints FROM {role};"
-            ))
-            .unwrap();
-        let url = database.replace("postgres@", &format!("{role}@"));
-        let store = PostgresCheckpointStore::connect(&url).unwrap();
-        store.migrate().expect("the table is there and has the right shape");
-        for (operation, run) in refused {
-            assert_names(run(&store), missing, operation);
+fn each_missing_privilege_is_an_error_that_names_the_operation_and_the_table() {
+    for missing in GRANTS {
+        let mut granted = Granted::nothing();
+        for grant in GRANTS.into_iter().filter(|grant| *grant != missing) {
+            granted.grant(grant);
         }
-        let mut client = harness::client(&url);
-        for (operation, lock) in LOCKS {
-            let locked = lock(&store, &mut client.transaction().unwrap());
-            match missing {
-                "DELETE" => locked.expect("a lock deletes nothing"),
-                _ => assert_names(locked, missing, operation),
+        granted.owner.save("there", 1).unwrap();
+        let store = granted.store();
+        for (operation, needs, run) in OPERATIONS {
+            let context = format!("{operation} without {missing:?}");
+            let outcome = run(&store);
+            if missing.0 != "USAGE" && !needs.contains(&missing.0) {
+                outcome.expect(&context);
+                continue;
             }
+            let error = outcome.expect_err(&context);
+            match &error {
+                Error::Backend { operation: named, .. } => assert_eq!(*named, operation),
+                other => panic!("{context}: {other:?}"),
+            }
+            assert!(!error.is_transient(), "{context}");
+            assert_eq!(sql_state(&error).as_deref(), Some("42501"), "{context}: {error:?}");
+            let told = chain(&error);
+            assert!(told.starts_with(&format!("{operation} failed: ")), "{told}");
+            assert!(told.contains(TABLE) && told.contains("permission denied"), "{told}");
+        }
+        assert_eq!(granted.owner.get("there").unwrap(), 1, "without {missing:?}");
+        granted.grant(missing);
+        for (operation, _, run) in OPERATIONS {
+            run(&store).expect(operation);
         }
     }
 }
 
 #[test]
-fn a_schema_that_may_not_be_used_is_named() {
-    let database = harness::fresh_database();
-    let mut admin = harness::client(&database);
-    let owner = PostgresCheckpointStore::builder().schema("private").connect(&database).unwrap();
-    owner.migrate().unwrap();
-    admin
-        .batch_execute(
-            "DROP ROLE IF EXISTS stranger; CREATE ROLE stranger LOGIN;
-             GRANT SELECT, INSERT, UPDATE, DELETE ON private.projection_checkpoints TO stranger;",
-        )
-        .unwrap();
-    let url = database.replace("postgres@", "stranger@");
-    let store = PostgresCheckpointStore::builder().schema("private").connect(&url).unwrap();
-    let error = store.save("orders", 1).unwrap_err();
-    assert!(chain(&error).contains("permission denied for schema private"), "{}", chain(&error));
-    let error = store.migrate().unwrap_err();
-    assert!(matches!(error, Error::Backend { operation: "migrate", .. }), "{error:?}");
-    assert!(chain(&error).contains("\"private\".\"projection_checkpoints\""), "{}", chain(&error));
+fn a_table_that_may_not_be_made_is_an_error_that_names_it() {
+    let mut granted = Granted::nothing();
+    granted.grant(GRANTS[0]);
+    for (schema, table) in [("not there", "projection_checkpoints"), ("app", "not there")] {
+        let error = PostgresCheckpointStore::builder()
+            .schema(schema)
+            .table(table)
+            .connect(&granted.params)
+            .unwrap()
+            .migrate()
+            .unwrap_err();
+        assert!(matches!(error, Error::Backend { operation: "migrate", .. }), "{error:?}");
+        assert_eq!(sql_state(&error).as_deref(), Some("42501"));
+        let told = chain(&error);
+        assert!(told.contains(&format!("table \"{schema}\".\"{table}\"")), "{told}");
+    }
 }

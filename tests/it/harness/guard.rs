@@ -7,7 +7,8 @@ use rustix::process::{Pid, Signal};
 /// A folder, and processes that use it, none of which outlives this process, however it ends.
 ///
 /// A shell waits for the end of its input, which comes when this value is dropped or this process
-/// is gone, even by `kill -9`. It then kills what is left, and removes the folder.
+/// is gone, even by `kill -9`. It then kills what is left, runs the commands that it was told to
+/// run at the end, and removes the folder.
 pub(crate) struct Guard {
     folder: PathBuf,
     shell: Child,
@@ -17,9 +18,11 @@ pub(crate) struct Guard {
 const SHELL: &str = r#"
 trap '' INT TERM HUP QUIT
 pids=
+at_end=
 while read -r order pid; do
     case $order in
         watch) pids="$pids $pid" ;;
+        at_end) at_end="$pid; $at_end" ;;
         forget) kept=; for p in $pids; do [ "$p" = "$pid" ] || kept="$kept $p"; done; pids=$kept ;;
     esac
 done
@@ -32,6 +35,7 @@ for pid in $pids; do
         sleep 0.05
     done
 done
+eval "$at_end"
 rm -rf -- "$1"
 "#;
 
@@ -55,16 +59,29 @@ impl Guard {
     }
 
     pub(crate) fn watch(&mut self, process: &Child) {
-        self.order("watch", process);
+        self.order("watch", process.id());
     }
 
     pub(crate) fn forget(&mut self, process: &Child) {
-        self.order("forget", process);
+        self.order("forget", process.id());
     }
 
-    fn order(&mut self, order: &str, process: &Child) {
+    pub(crate) fn watch_pid(&mut self, pid: i32) {
+        self.order("watch", pid);
+    }
+
+    pub(crate) fn forget_pid(&mut self, pid: i32) {
+        self.order("forget", pid);
+    }
+
+    /// Has a shell command of one line run at the end, the last one first.
+    pub(crate) fn at_end(&mut self, command: &str) {
+        self.order("at_end", command);
+    }
+
+    fn order(&mut self, order: &str, about: impl std::fmt::Display) {
         let orders = self.orders.as_mut().expect("taken only when dropped");
-        writeln!(orders, "{order} {}", process.id()).expect("the guard listens");
+        writeln!(orders, "{order} {about}").expect("the guard listens");
     }
 }
 

@@ -1,106 +1,93 @@
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::Mutex;
+use std::process::Command;
 
-use super::free_port;
+use super::guard::Guard;
+use super::server::server_user;
 
-/// A link to a host of its own, in a network namespace, that can be cut. What is behind the link
-/// is a relay to a server on this side.
+/// A network namespace with a link to it, to start a server in and cut it off.
 pub(crate) struct Network {
-    shell: Child,
-    orders: Mutex<Option<(ChildStdin, BufReader<ChildStdout>)>>,
-    here: String,
-    there: String,
-    relay_port: u16,
+    namespace: String,
+    address: String,
+    /// Takes it all away at the end.
+    _guard: Guard,
 }
 
-/// Runs as root, and cleans up at the end of its input, however this process ends. The far end of
-/// the link is what is cut: this end then has a route and no answer, as with a pulled plug.
-const SHELL: &str = r#"
-set -e
-trap '' INT TERM HUP QUIT
-name=$1 here=$2 there=$3 relay=$4 server=$5
-clean_up() { [ -z "$pid" ] || kill "$pid" 2>/dev/null || true; ip netns delete "$name"; }
-ip netns add "$name"
-trap clean_up EXIT
-ip link add "$name-a" type veth peer name "$name-b" netns "$name"
-ip addr add "$here/30" dev "$name-a"
-ip -n "$name" addr add "$there/30" dev "$name-b"
-ip link set "$name-a" up
-ip -n "$name" link set "$name-b" up
-ip netns exec "$name" socat "TCP-LISTEN:$relay,fork,reuseaddr" "TCP:$here:$server" </dev/null &
-pid=$!
-echo ready
-while read -r order; do
-    ip -n "$name" link set "$name-b" "$order"
-    echo "$order"
-done
-"#;
+const NEEDS: &str = "this test makes a network namespace and a link to it, and needs root, \
+                     or sudo without a password, to run `ip`";
 
 impl Network {
-    /// Needs root, or `sudo` without a password, to make a network namespace.
-    pub(crate) fn new(server_port: u16) -> Self {
+    pub(crate) fn new() -> Self {
         let id = std::process::id();
-        let subnet = format!("10.213.{}", id % 250);
-        let (here, there) = (format!("{subnet}.1"), format!("{subnet}.2"));
-        let relay_port = free_port();
-        let mut command = if rustix::process::geteuid().is_root() {
-            Command::new("sh")
-        } else {
-            let mut sudo = Command::new("sudo");
-            sudo.args(["-n", "sh"]);
-            sudo
+        let namespace = format!("checkpoint-{id}");
+        let (outer, inner) = (format!("cpo{id}"), "inner");
+        let net = format!("10.{}.{}.{}", 128 + ((id >> 14) & 127), (id >> 6) & 255, (id & 63) * 4);
+        let at = |host: u32| {
+            let (three, last) = net.rsplit_once('.').expect("an address has dots");
+            format!("{three}.{}", last.parse::<u32>().expect("a number") + host)
         };
-        let mut shell = command
-            .args(["-c", SHELL, "network", &format!("cs{}", id % 1_000_000), &here, &there])
-            .args([relay_port.to_string(), server_port.to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("sh, or sudo, runs");
-        let stdin = shell.stdin.take().expect("piped");
-        let mut stdout = BufReader::new(shell.stdout.take().expect("piped"));
-        let mut line = String::new();
-        stdout.read_line(&mut line).expect("a line");
-        assert_eq!(
-            line, "ready\n",
-            "a network namespace cannot be made: this test needs the programs ip and socat, and \
-             root or sudo without a password"
-        );
-        Self { shell, orders: Mutex::new(Some((stdin, stdout))), here, there, relay_port }
+        let mut guard = Guard::new("checkpoint-store-net-");
+        let ip = privileged("ip").join(" ");
+        // Nothing that is meant for the namespace may look for another way.
+        guard.at_end(&format!("{ip} route del blackhole {net}/30 metric 100000"));
+        run(&["ip", "route", "add", "blackhole", &format!("{net}/30"), "metric", "100000"]);
+        guard.at_end(&format!("{ip} netns del {namespace}"));
+        run(&["ip", "netns", "add", &namespace]);
+        guard.at_end(&format!("{ip} link del {outer}"));
+        run(&[
+            "ip", "link", "add", &outer, "type", "veth", "peer", "name", inner, "netns", &namespace,
+        ]);
+        run(&["ip", "addr", "add", &format!("{}/30", at(1)), "dev", &outer]);
+        run(&["ip", "-n", &namespace, "addr", "add", &format!("{}/30", at(2)), "dev", inner]);
+        run(&["ip", "-n", &namespace, "link", "set", "lo", "up"]);
+        run(&["ip", "link", "set", &outer, "up"]);
+        let network = Self { namespace, address: at(2), _guard: guard };
+        network.mend();
+        network
     }
 
-    /// The address at which the server is to listen.
-    pub(crate) fn here(&self) -> &str {
-        &self.here
+    /// The address of whoever listens inside.
+    pub(crate) fn address(&self) -> &str {
+        &self.address
     }
 
-    /// The parameters to reach the server over the link.
-    pub(crate) fn params(&self) -> String {
-        format!("host={} port={} user=postgres", self.there, self.relay_port)
+    /// What to start a program through so that it runs inside, as the server's user.
+    pub(crate) fn inside(&self) -> Vec<String> {
+        let me = || (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let (uid, gid) = server_user().map_or_else(me, |user| (user.uid, user.gid));
+        let (uid, gid) = (format!("--reuid={uid}"), format!("--regid={gid}"));
+        let setpriv = ["setpriv", &uid, &gid, "--clear-groups", "--"];
+        let mut through = privileged("ip");
+        through.extend(["netns", "exec", &self.namespace].map(ToOwned::to_owned));
+        through.extend(setpriv.map(ToOwned::to_owned));
+        through
     }
 
+    /// Takes the link down, at the far end.
     pub(crate) fn cut(&self) {
-        self.order("down");
+        run(&["ip", "-n", &self.namespace, "link", "set", "inner", "down"]);
     }
 
     pub(crate) fn mend(&self) {
-        self.order("up");
-    }
-
-    fn order(&self, order: &str) {
-        let mut orders = self.orders.lock().expect("no panic while it is held");
-        let (stdin, stdout) = orders.as_mut().expect("taken only when dropped");
-        writeln!(stdin, "{order}").expect("the shell listens");
-        let mut line = String::new();
-        stdout.read_line(&mut line).expect("an answer");
-        assert_eq!(line.trim(), order, "the link obeys");
+        run(&["ip", "-n", &self.namespace, "link", "set", "inner", "up"]);
     }
 }
 
-impl Drop for Network {
-    fn drop(&mut self) {
-        drop(self.orders.lock().map(|mut orders| orders.take()));
-        self.shell.wait().expect("the shell ends");
-    }
+fn privileged(program: &str) -> Vec<String> {
+    let sudo: &[&str] = if rustix::process::geteuid().is_root() { &[] } else { &["sudo", "-n"] };
+    sudo.iter().chain([&program]).map(ToString::to_string).collect()
+}
+
+fn run(command: &[&str]) {
+    let [program, arguments @ ..] = command else { unreachable!("a command has a program") };
+    let through = privileged(program);
+    let output = Command::new(&through[0])
+        .args(&through[1..])
+        .args(arguments)
+        .output()
+        .unwrap_or_else(|error| panic!("{NEEDS}: {}: {error}", through.join(" ")));
+    assert!(
+        output.status.success(),
+        "{NEEDS}: {}: {}",
+        command.join(" "),
+        String::from_utf8_lossy(&output.stderr)
+    );
 }

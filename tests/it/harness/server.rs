@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use checkpoint_store::postgres::{Client, Config, NoTls};
 use rustix::process::Signal;
 
-use super::guard::{Guard, signal, signal_pid};
+use super::guard::{Guard, signal_pid};
 
 /// Names the folder of the server's programs: `initdb` and `postgres`.
 const BIN_VARIABLE: &str = "CHECKPOINT_STORE_PG_BIN";
@@ -22,9 +22,9 @@ pub(crate) struct Options {
     pub(crate) settings: Vec<(String, String)>,
     pub(crate) hba: Option<String>,
     pub(crate) listen: String,
-    /// A free one by default.
-    pub(crate) port: Option<u16>,
     pub(crate) password: Option<String>,
+    /// What to start the server's process through, `ip netns exec ...` say.
+    pub(crate) through: Vec<String>,
 }
 
 impl Options {
@@ -34,8 +34,8 @@ impl Options {
             settings: Vec::new(),
             hba: None,
             listen: "127.0.0.1".to_owned(),
-            port: None,
             password: None,
+            through: Vec::new(),
         }
         .set("max_connections", "200")
     }
@@ -59,8 +59,14 @@ pub(crate) struct Server {
 }
 
 struct Running {
-    process: Option<Child>,
+    process: Option<Process>,
     guard: Guard,
+}
+
+struct Process {
+    child: Child,
+    /// The server's own, which is not the child's where that one is `sudo`.
+    pid: i32,
 }
 
 impl Server {
@@ -75,11 +81,7 @@ impl Server {
     pub(crate) fn prepare(options: Options) -> Self {
         let guard = Guard::new("checkpoint-store-pg-");
         give_away(guard.folder());
-        Self {
-            port: options.port.unwrap_or_else(free_port),
-            options,
-            running: Mutex::new(Running { process: None, guard }),
-        }
+        Self { port: free_port(), options, running: Mutex::new(Running { process: None, guard }) }
     }
 
     pub(crate) fn init(&self) {
@@ -124,7 +126,14 @@ impl Server {
             .append(true)
             .open(running.guard.folder().join("log"))
             .expect("a log file");
-        let mut postgres = server_program("postgres");
+        let mut postgres = match &self.options.through[..] {
+            [] => server_program("postgres"),
+            [program, arguments @ ..] => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(bin_folder().join("postgres"));
+                command
+            }
+        };
         postgres
             .arg("-D")
             .arg(running.guard.folder().join("data"))
@@ -136,18 +145,22 @@ impl Server {
         for (name, value) in &self.options.settings {
             postgres.arg("-c").arg(format!("{name}={value}"));
         }
-        let mut process = postgres.spawn().expect("postgres starts");
-        running.guard.watch(&process);
+        let mut child = postgres.spawn().expect("postgres starts");
+        running.guard.watch(&child);
         let deadline = Instant::now() + Duration::from_mins(1);
         while let Err(refused) = self.knock() {
-            let ended = process.try_wait().expect("a child's state");
+            let ended = child.try_wait().expect("a child's state");
             if ended.is_some() || Instant::now() > deadline {
                 let log = fs::read_to_string(running.guard.folder().join("log"));
                 panic!("postgres does not start: {refused}\n{}", log.unwrap_or_default());
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        running.process = Some(process);
+        let file = fs::read_to_string(running.guard.folder().join("data/postmaster.pid"));
+        let pid = file.ok().and_then(|text| text.lines().next()?.parse().ok());
+        let pid = pid.expect("a running server has a pid file");
+        running.guard.watch_pid(pid);
+        running.process = Some(Process { child, pid });
     }
 
     /// Whether the server takes connections; a refused login is an answer too.
@@ -179,16 +192,16 @@ impl Server {
     fn end(&self, how: Signal) {
         let mut running = self.running();
         let mut process = running.process.take().expect("the server runs");
-        signal(&process, how);
-        process.wait().expect("postgres ends");
-        running.guard.forget(&process);
+        signal_pid(process.pid, how);
+        process.child.wait().expect("postgres ends");
+        running.guard.forget_pid(process.pid);
+        running.guard.forget(&process.child);
     }
 
     /// The process id of the server itself, to freeze it, say.
     pub(crate) fn pid(&self) -> i32 {
         let running = self.running();
-        let process = running.process.as_ref().expect("the server runs");
-        i32::try_from(process.id()).expect("a process id")
+        running.process.as_ref().expect("the server runs").pid
     }
 
     /// Kills one backend with `kill -9`; the server then restarts all of them by itself.
@@ -230,10 +243,11 @@ impl Drop for Server {
     fn drop(&mut self) {
         let mut running = self.running();
         if let Some(mut process) = running.process.take() {
-            signal(&process, Signal::CONT);
-            signal(&process, Signal::QUIT);
-            process.wait().expect("postgres ends");
-            running.guard.forget(&process);
+            signal_pid(process.pid, Signal::CONT);
+            signal_pid(process.pid, Signal::QUIT);
+            process.child.wait().expect("postgres ends");
+            running.guard.forget_pid(process.pid);
+            running.guard.forget(&process.child);
         }
     }
 }
@@ -298,13 +312,13 @@ fn major_version(bin: &Path) -> Option<u32> {
     name.rsplit('@').next()?.parse().ok()
 }
 
-struct User {
-    uid: u32,
-    gid: u32,
+pub(crate) struct User {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
 }
 
 /// Whom the server runs as when the tests run as root.
-fn server_user() -> Option<&'static User> {
+pub(crate) fn server_user() -> Option<&'static User> {
     static USER: OnceLock<Option<User>> = OnceLock::new();
     USER.get_or_init(|| {
         rustix::process::geteuid().is_root().then(|| User { uid: id("-u"), gid: id("-g") })

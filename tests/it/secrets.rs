@@ -1,0 +1,163 @@
+//! No password, and nothing else of the parameters, in anything that is printed.
+
+use std::fmt::Debug;
+use std::time::Duration;
+
+use checkpoint_store::postgres::NoTls;
+use checkpoint_store::r2d2::Pool;
+use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
+use checkpoint_store::{
+    Cadence, CheckpointStore, Checkpointer, Error, GroupedCheckpointStore, PostgresCheckpointStore,
+};
+
+use crate::harness::{Options, Server, chain, sql_state};
+
+const PASSWORD: &str = "correct horse hunter2";
+const SECRETS: [&str; 3] = ["hunter2", "horse", "an-application"];
+
+fn scram() -> Server {
+    let server = Server::start(Options {
+        password: Some(PASSWORD.to_owned()),
+        ..Options::fast().set("password_encryption", "scram-sha-256")
+    });
+    let stored: String = harness_client(&server)
+        .query_one("SELECT rolpassword FROM pg_authid WHERE rolname = 'postgres'", &[])
+        .unwrap()
+        .get(0);
+    assert!(stored.starts_with("SCRAM-SHA-256$"), "{stored}");
+    server
+}
+
+fn harness_client(server: &Server) -> checkpoint_store::postgres::Client {
+    crate::harness::client(&params(server, PASSWORD))
+}
+
+fn params(server: &Server, password: &str) -> String {
+    format!(
+        "host=127.0.0.1 port={} user=postgres password='{password}' \
+         application_name=an-application connect_timeout=1",
+        server.port()
+    )
+}
+
+fn tells_nothing(what: &str, shown: &str) {
+    for secret in SECRETS {
+        assert!(!shown.contains(secret), "{what}: {shown}");
+    }
+}
+
+fn debugged(what: &str, value: &impl Debug) {
+    tells_nothing(what, &format!("{value:?} {value:#?}"));
+}
+
+fn told(error: &Error) -> String {
+    tells_nothing("an error", &format!("{error:?} {error:#?} {error}"));
+    let told = chain(error);
+    tells_nothing("a chain of causes", &told);
+    told
+}
+
+#[test]
+fn a_wrong_password_is_named_at_once_and_not_shown() {
+    let server = scram();
+    for (password, state, says) in [
+        ("wrong hunter2", Some("28P01"), "password authentication failed"),
+        ("", None, "password missing"),
+    ] {
+        let params = match password {
+            "" => format!("host=127.0.0.1 port={} user=postgres", server.port()),
+            _ => params(&server, password),
+        };
+        let error = PostgresCheckpointStore::connect(&params).unwrap_err();
+        assert!(matches!(error, Error::Unavailable { .. }) && !error.is_transient(), "{error:?}");
+        assert_eq!(sql_state(&error).as_deref(), state);
+        assert!(told(&error).contains(says), "{}", told(&error));
+    }
+}
+
+#[test]
+fn nothing_that_can_be_printed_tells_a_secret() {
+    let server = scram();
+    let params = params(&server, PASSWORD);
+    let url = format!(
+        "postgres://postgres:{}@127.0.0.1:{}/postgres?application_name=an-application",
+        PASSWORD.replace(' ', "%20"),
+        server.port()
+    );
+    let builder = PostgresCheckpointStore::builder();
+    debugged("the builder", &builder);
+    let store = builder.clone().connect(&url).unwrap();
+    debugged("a store", &store);
+    store.migrate().unwrap();
+    store.save("orders", 1).unwrap();
+    debugged("a store that was used", &store);
+    debugged("a checkpoint", &store.find("orders").unwrap());
+    // The pool tells where it connects to, and no password.
+    assert!(!format!("{:#?}", store.pool()).contains("hunter2"));
+    debugged("a grouped store", &GroupedCheckpointStore::new(store.clone()));
+    debugged(
+        "a checkpointer",
+        &Checkpointer::resume(store.clone(), "orders", Cadence::every(1)).unwrap(),
+    );
+
+    // An error of each kind that is to be had.
+    let small = |params: &str| {
+        let manager = PostgresConnectionManager::new(params.parse().unwrap(), NoTls);
+        let pool = Pool::builder()
+            .max_size(1)
+            .min_idle(Some(0))
+            .connection_timeout(Duration::from_millis(500))
+            .build_unchecked(manager);
+        PostgresCheckpointStore::new(pool)
+    };
+    let exhausted = small(&params);
+    let held = exhausted.pool().get_timeout(Duration::from_mins(1)).unwrap();
+    let no_table = builder.clone().table("not there").connect(&params).unwrap();
+    let errors = [
+        store.save("", 1).unwrap_err(),
+        store.save("orders", -1).unwrap_err(),
+        store.advance("orders", 7, 8).unwrap_err(),
+        builder.clone().table("").connect(&params).unwrap_err(),
+        builder.clone().max_connections(0).connect(&params).unwrap_err(),
+        no_table.save("orders", 1).unwrap_err(),
+        exhausted.get("orders").unwrap_err(),
+        small(&self::params(&server, "wrong hunter2")).get("orders").unwrap_err(),
+        PostgresCheckpointStore::connect(&format!("{params} sslmode=require")).unwrap_err(),
+        PostgresCheckpointStore::connect(&params.replace("host=127.0.0.1", "")).unwrap_err(),
+        PostgresCheckpointStore::connect(&params.replace("127.0.0.1", "no.such.host.invalid"))
+            .unwrap_err(),
+        PostgresCheckpointStore::connect(&format!("{params} dbname=not-there")).unwrap_err(),
+        PostgresCheckpointStore::connect(&format!("{params} nonsense=hunter2")).unwrap_err(),
+        PostgresCheckpointStore::connect(&format!("{params} port=hunter2")).unwrap_err(),
+        PostgresCheckpointStore::connect(&params.replace('\'', "")).unwrap_err(),
+        PostgresCheckpointStore::connect(&url.replace("127.0.0.1", "[::1")).unwrap_err(),
+    ];
+    for error in &errors {
+        assert!(!told(error).is_empty());
+    }
+    drop(held);
+
+    let refused = builder.clone().connect(&params).unwrap();
+    refused
+        .pool()
+        .get()
+        .unwrap()
+        .batch_execute("ALTER TABLE projection_checkpoints ALTER \"offset\" DROP NOT NULL")
+        .unwrap();
+    let error = refused.migrate().unwrap_err();
+    assert!(matches!(error, Error::IncompatibleTable { .. }), "{error:?}");
+    told(&error);
+
+    // A server that is gone, for a connection that is there and for one that is not.
+    let mut client = store.pool().get().unwrap();
+    let mut tx = client.transaction().unwrap();
+    server.crash();
+    let lost = store.in_transaction(&mut tx).save("orders", 2).unwrap_err();
+    assert!(matches!(lost, Error::Unavailable { .. }), "{lost:?}");
+    told(&lost);
+    told(&exhausted.advance("orders", 1, 2).unwrap_err());
+    told(&exhausted.get("orders").unwrap_err());
+    told(&PostgresCheckpointStore::connect(&params).unwrap_err());
+    debugged("a store without a server", &exhausted);
+    assert!(!format!("{:#?}", exhausted.pool()).contains("hunter2"));
+}
