@@ -5,6 +5,7 @@
 mod connect;
 mod contract;
 mod documentation;
+mod faults;
 mod grouped;
 mod harness;
 mod identifiers;

@@ -11,9 +11,15 @@ use std::time::{Duration, Instant};
 use checkpoint_store::PostgresCheckpointStore;
 use checkpoint_store::postgres::{Client, NoTls};
 
+<<<<<<< HEAD
 pub(crate) use guard::{Guard, signal};
 pub(crate) use proxy::Proxy;
 pub(crate) use server::{Options, Server, free_port, server_program};
+=======
+pub(crate) use guard::{Guard, kill_process};
+pub(crate) use proxy::{Cut, Proxy};
+pub(crate) use server::{Options, Server, server_program};
+>>>>>>> 897c09b (wip)
 
 /// The server that all tests share which do not need to stop one.
 pub(crate) fn server() -> &'static Server {
@@ -21,7 +27,8 @@ pub(crate) fn server() -> &'static Server {
     SERVER.get_or_init(|| Server::start(Options::fast()))
 }
 
-fn unique(prefix: &str) -> String {
+/// A name that no other test has.
+pub(crate) fn unique(prefix: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(1);
     format!("{prefix}_{}", NEXT.fetch_add(1, Ordering::Relaxed))
 }
