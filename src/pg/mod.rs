@@ -54,6 +54,12 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 /// connection was lost, the others from before are tested before an `advance` uses them, so that
 /// one outage is one error, not one for each connection.
 ///
+/// A server may still be at a request whose client is gone, so the offset that is read at once may
+/// be the one from before. Nothing is lost or counted twice by that: `lock` waits for what is
+/// under way, and an `advance` from such an offset is a [`Conflict`](Error::Conflict), upon which
+/// the caller reads again. A `save` that is so late sets the checkpoint back to its own offset;
+/// where that would be a harm, use `advance` or a transaction.
+///
 /// # Statements
 ///
 /// Statements are unnamed, so a pooler such as PgBouncer in transaction mode may stand between.

@@ -207,8 +207,9 @@ fn of_two_transactions_that_deadlock_one_commits_and_the_other_may_try_again() {
 
 #[test]
 fn a_rival_that_has_committed_since_the_snapshot_is_a_transient_error() {
+    type Call = fn(&PostgresCheckpointStore, &mut Transaction<'_>) -> Result<(), Error>;
     for level in [IsolationLevel::RepeatableRead, IsolationLevel::Serializable] {
-        let calls: [fn(&PostgresCheckpointStore, &mut Transaction<'_>) -> Result<(), Error>; 5] = [
+        let calls: [Call; 5] = [
             |store, tx| store.in_transaction(tx).lock("orders").map(drop),
             |store, tx| store.in_transaction(tx).save("orders", 9),
             |store, tx| store.in_transaction(tx).save_many(&[("orders", 9)]),

@@ -51,7 +51,7 @@ impl Row {
     }
 }
 
-/// Numbers that look random and are the same in every run (SplitMix64).
+/// Numbers that look random and are the same in every run (`SplitMix64`).
 struct Random(u64);
 
 impl Random {

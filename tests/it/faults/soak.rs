@@ -81,6 +81,7 @@ fn caller(
     let (one, two) = (format!("one {number}"), format!("two {number}"));
     let mut tally = Tally::default();
     let mut offset = store.get(&one).unwrap();
+    let mut in_doubt = None;
     for i in 0..operations {
         let started = Instant::now();
         match i % 6 {
@@ -96,8 +97,13 @@ fn caller(
                 Ok(()) => offset += 1,
                 Err(Error::Unavailable { .. }) => {
                     tally.advance_errors += 1;
+                    in_doubt = Some(offset + 1);
                     let found = store.get(&one).unwrap();
                     tally.lost += usize::from(found < offset);
+                    offset = found;
+                }
+                Err(Error::Conflict { found, .. }) if in_doubt == Some(found) => {
+                    tally.advance_errors += 1;
                     offset = found;
                 }
                 Err(other) => panic!("{other:?}"),

@@ -44,10 +44,11 @@ fn set_up(client: &mut Client, head: i64) {
     }
 }
 
-/// What is to be tried again: lost connections, and a pool that has none.
-fn is_lost(error: &(dyn std::error::Error + 'static)) -> bool {
+/// What is a reason to begin anew with the offset that is stored: a lost connection, a pool that
+/// has none, and a checkpoint that a worker before this one has still moved after it was read.
+fn begins_anew(error: &(dyn std::error::Error + 'static)) -> bool {
     if let Some(error) = error.downcast_ref::<Error>() {
-        return error.is_transient();
+        return error.is_transient() || error.is_conflict();
     }
     match error.downcast_ref::<checkpoint_store::postgres::Error>() {
         Some(error) => error.code().is_none_or(|code| code.code().starts_with("57P")),
@@ -55,10 +56,10 @@ fn is_lost(error: &(dyn std::error::Error + 'static)) -> bool {
     }
 }
 
-/// Runs until it is done, again and again as long as the server is what failed.
+/// Runs until it is done, again and again for as long as there is a reason.
 fn insist(mut work: impl FnMut() -> Outcome) {
     while let Err(error) = work() {
-        assert!(is_lost(error.as_ref()), "{error:?}");
+        assert!(begins_anew(error.as_ref()), "{error:?}");
     }
 }
 
@@ -91,11 +92,7 @@ fn work_with_advance(store: &PostgresCheckpointStore) -> Outcome {
         let to = head(&mut tx)?.min(from + 1 + from % 4);
         let apply = "INSERT INTO advances SELECT generate_series($1::bigint + 1, $2)";
         tx.execute(apply, &[&from, &to])?;
-        match store.in_transaction(&mut tx).advance("advances", from, to) {
-            // A worker that was killed may still have been committing when the offset was read.
-            Err(Error::Conflict { .. }) => continue,
-            outcome => outcome?,
-        }
+        store.in_transaction(&mut tx).advance("advances", from, to)?;
         tx.commit()?;
         if to == from {
             return Ok(());
@@ -156,7 +153,12 @@ fn work_with_watermark(store: &PostgresCheckpointStore) -> Outcome {
 
 /// Works on all four projections at once until each has come to the head.
 fn work(params: &str) {
-    let store = PostgresCheckpointStore::connect(params).unwrap();
+    let store = loop {
+        match PostgresCheckpointStore::connect(params) {
+            Ok(store) => break store,
+            Err(error) => assert!(error.is_transient(), "{error:?}"),
+        }
+    };
     thread::scope(|scope| {
         for work in [work_with_lock, work_with_advance, work_with_checkpointer, work_with_watermark]
         {

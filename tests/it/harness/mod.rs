@@ -11,15 +11,9 @@ use std::time::{Duration, Instant};
 use checkpoint_store::PostgresCheckpointStore;
 use checkpoint_store::postgres::{Client, NoTls};
 
-<<<<<<< HEAD
-pub(crate) use guard::{Guard, signal};
-pub(crate) use proxy::Proxy;
-pub(crate) use server::{Options, Server, free_port, server_program};
-=======
-pub(crate) use guard::{Guard, kill_process};
+pub(crate) use guard::{Guard, kill_process, signal};
 pub(crate) use proxy::{Cut, Proxy};
-pub(crate) use server::{Options, Server, server_program};
->>>>>>> 897c09b (wip)
+pub(crate) use server::{Options, Server, free_port, server_program};
 
 /// The server that all tests share which do not need to stop one.
 pub(crate) fn server() -> &'static Server {

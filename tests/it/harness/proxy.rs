@@ -19,6 +19,8 @@ pub(crate) struct Proxy {
 pub(crate) enum Cut {
     /// The server does not get the request.
     BeforeTheRequest,
+    /// The server gets the request, and may still be at it when the client is cut off.
+    AfterTheRequest,
     /// The server has done what it was asked, and the client does not hear of it.
     BeforeTheAnswer,
 }
@@ -47,11 +49,15 @@ impl Proxy {
                     }
                     let here = take_if_matched(&armed, request);
                     mute.fetch_or(here == Some(Cut::BeforeTheAnswer), Ordering::SeqCst);
-                    here != Some(Cut::BeforeTheRequest)
+                    match here {
+                        Some(Cut::BeforeTheRequest) => Pass::Cut,
+                        Some(Cut::AfterTheRequest) => Pass::OnAndCut,
+                        Some(Cut::BeforeTheAnswer) | None => Pass::On,
+                    }
                 });
                 pump(&server, &client, move |_| {
                     server_spoke_last.store(true, Ordering::SeqCst);
-                    !muted.load(Ordering::SeqCst)
+                    if muted.load(Ordering::SeqCst) { Pass::Cut } else { Pass::On }
                 });
             }
         });
@@ -82,20 +88,26 @@ fn take_if_matched(armed: &Mutex<Option<(&'static str, Cut)>>, request: &[u8]) -
     Some(place)
 }
 
-/// Passes on what comes, until `inspect` says no: then both ends are cut off.
-fn pump(from: &TcpStream, to: &TcpStream, inspect: impl Fn(&[u8]) -> bool + Send + 'static) {
+enum Pass {
+    On,
+    OnAndCut,
+    Cut,
+}
+
+fn pump(from: &TcpStream, to: &TcpStream, inspect: impl Fn(&[u8]) -> Pass + Send + 'static) {
     let mut from = from.try_clone().expect("an open socket");
     let mut to = to.try_clone().expect("an open socket");
     thread::spawn(move || {
         let mut buffer = vec![0; 1 << 20];
         while let Ok(read @ 1..) = from.read(&mut buffer) {
-            if !inspect(&buffer[..read]) {
+            let pass = inspect(&buffer[..read]);
+            if !matches!(pass, Pass::Cut) && to.write_all(&buffer[..read]).is_err() {
+                break;
+            }
+            if !matches!(pass, Pass::On) {
                 let _ = from.shutdown(Shutdown::Both);
                 let _ = to.shutdown(Shutdown::Both);
                 return;
-            }
-            if to.write_all(&buffer[..read]).is_err() {
-                break;
             }
         }
         let _ = to.shutdown(Shutdown::Write);
