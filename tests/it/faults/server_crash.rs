@@ -230,7 +230,11 @@ fn waiting_calls_return_soon_after_the_server_is_back() {
     // The next attempts that double their pause would come 6 seconds after the end of this outage.
     const OUTAGE: Duration = Duration::from_millis(6_500);
     let server = Server::start(Options::fast());
-    let store = PostgresCheckpointStore::connect(&server.params()).unwrap();
+    // As many as threads, so that nobody's attempts come at another time than the others'.
+    let store = PostgresCheckpointStore::builder()
+        .max_connections(u32::try_from(THREADS).unwrap())
+        .connect(&server.params())
+        .unwrap();
     store.migrate().unwrap();
     let returned: Vec<Duration> = thread::scope(|scope| {
         let mut began = Vec::new();
