@@ -62,8 +62,7 @@ impl Source {
 }
 
 fn in_postgres(config: Config, head_query: String) -> Opened {
-    // Connections are tested at check-out, for the head query's sake: the store would go on with
-    // a fresh one by itself.
+    // The store replaces a dead connection by itself. The head query leaves that to the pool.
     let pool = Pool::builder()
         .max_size(CONNECTIONS)
         .min_idle(Some(0))
