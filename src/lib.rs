@@ -87,8 +87,9 @@
 //! # let store = MemoryCheckpointStore::new();
 //! # store.save("orders", 9_958)?;
 //! let check = HealthCheck::new().critical_lag(5_000).stalled_after(Duration::from_secs(300));
-//! let stream_head = 10_000; // asked for before the checkpoints
-//! for checkpoint in store.all()? {
+//! let checkpoints = store.all()?;
+//! let stream_head = 10_000; // asked for after the checkpoints, so that none seems to be ahead of it
+//! for checkpoint in checkpoints {
 //!     let status = checkpoint.status(stream_head);
 //!     let health = check.assess(&status, SystemTime::now());
 //!     println!("{}: {health} ({:.1} %)", status.projection, status.percent_complete);

@@ -53,8 +53,9 @@ impl ProjectionStatus {
 
     /// Reads the projection's checkpoint, and compares it with the stream head.
     ///
-    /// Ask for the stream head first, and for the checkpoint with it after: the other way round a
-    /// projection that moves meanwhile looks ahead of its stream.
+    /// The stream head is older than what this reads. On a busy stream a projection that has moved
+    /// on meanwhile then looks ahead of it. Where that matters, read the checkpoints first, then
+    /// ask for the stream head, and compare with [`Checkpoint::status`].
     ///
     /// # Errors
     ///

@@ -253,7 +253,7 @@ impl PostgresCheckpointStoreBuilder {
         bound_network_waits(&mut config);
 
         let server = ServerName::of(&config);
-        let open = |max_connections| {
+        let open = move |max_connections| {
             let watch = ConnectWatch::default();
             let mut pool = Pool::builder()
                 .max_size(max_connections)

@@ -134,10 +134,10 @@ impl ConnectWatch {
 
     /// Fails once a new connection has been found to be another one's server session.
     pub(crate) fn sessions_of_our_own(&self) -> Result<(), SharedSession> {
-        match self.0.shared_session.load(Ordering::Relaxed) {
-            true => Err(SharedSession { cause: None }),
-            false => Ok(()),
+        if self.0.shared_session.load(Ordering::Relaxed) {
+            return Err(SharedSession { cause: None });
         }
+        Ok(())
     }
 }
 
