@@ -8,6 +8,7 @@ mod contract;
 mod dashboard;
 mod documentation;
 mod failover;
+mod faults;
 mod foreign_rows;
 mod grouped;
 mod harness;
