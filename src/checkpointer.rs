@@ -115,7 +115,8 @@ impl Cadence {
 /// A save that fails is due again at once, with the next [`processed`](Checkpointer::processed),
 /// [`save_if_due`](Checkpointer::save_if_due) or [`flush`](Checkpointer::flush). When it failed as
 /// [`Unavailable`](Error::Unavailable) it may have been stored all the same; the next save finds
-/// out, and does not mistake this runner's own save for a rival's.
+/// out, and does not mistake this runner's own save for a rival's. (Should a rival have stored that
+/// very offset, it is found out one save later.)
 ///
 /// **Dropping it saves nothing**: it could not tell of a failure. Call
 /// [`flush`](Checkpointer::flush) at the end of the loop; without it the events since the last
@@ -144,6 +145,8 @@ pub struct Checkpointer<S> {
     progress: Progress,
     /// Where saves were to go whose outcome is unknown.
     in_doubt: Vec<i64>,
+    /// Whether a rival has been found out: what is stored from then on is the rival's.
+    rival: bool,
 }
 
 impl<S: CheckpointStore> Checkpointer<S> {
@@ -171,7 +174,7 @@ impl<S: CheckpointStore> Checkpointer<S> {
         let offset = store.get(&projection)?;
         validate_offset(offset)?;
         let progress = Progress::at(offset, cadence);
-        Ok(Self { store, projection, progress, in_doubt: Vec::new() })
+        Ok(Self { store, projection, progress, in_doubt: Vec::new(), rival: false })
     }
 
     /// The offset of the last event processed, saved or not: read on from the one after it.
@@ -333,7 +336,10 @@ impl<S: CheckpointStore> Checkpointer<S> {
                     }
                 }
                 Err(error) => {
-                    if matches!(error, Error::Unavailable { .. }) {
+                    self.rival |= error.is_conflict();
+                    if self.rival {
+                        self.in_doubt.clear();
+                    } else if matches!(error, Error::Unavailable { .. }) {
                         self.in_doubt.push(to);
                     }
                     self.progress.failed = true;
