@@ -84,7 +84,7 @@ impl Chart {
                 self.y
             );
             self.line(&format!(r#"<rect class="{class}" {bar}/>"#));
-            self.text("value", LEFT + length + 8.0, middle, &label(value));
+            self.text("value", LEFT + length + 8.0, middle, &label(*value));
             self.y += STEP;
         }
     }
