@@ -260,12 +260,11 @@ fn a_server_that_crashes_during_the_commit_has_both_or_neither() {
         let (offset, events) = stage.truth();
         let offset = offset.unwrap_or_default();
         assert_eq!(events, (1..=offset).collect::<Vec<_>>());
-        match outcome {
-            Ok(event) => assert_eq!(offset, event, "acknowledged"),
-            Err(_) => {
-                assert!(offset == before || offset == before + 1, "{before} {offset}");
-                errors += 1;
-            }
+        if let Ok(event) = outcome {
+            assert_eq!(offset, event, "acknowledged");
+        } else {
+            assert!(offset == before || offset == before + 1, "{before} {offset}");
+            errors += 1;
         }
         stage.recover();
     }
