@@ -115,7 +115,8 @@ impl Cadence {
 /// A save that fails is due again at once, with the next [`processed`](Checkpointer::processed),
 /// [`save_if_due`](Checkpointer::save_if_due) or [`flush`](Checkpointer::flush). When it failed as
 /// [`Unavailable`](Error::Unavailable) it may have been stored all the same; the next save finds
-/// out, and does not mistake this runner's own save for a rival's.
+/// out, and does not mistake this runner's own save for a rival's. (Should a rival have stored that
+/// very offset, it is found out one save later.)
 ///
 /// **Dropping it saves nothing**: it could not tell of a failure. Call
 /// [`flush`](Checkpointer::flush) at the end of the loop; without it the events since the last
@@ -144,6 +145,8 @@ pub struct Checkpointer<S> {
     progress: Progress,
     /// Where saves were to go whose outcome is unknown.
     in_doubt: Vec<i64>,
+    /// Whether a rival has been found out: what is stored from then on is the rival's.
+    rival: bool,
 }
 
 impl<S: CheckpointStore> Checkpointer<S> {
@@ -171,7 +174,7 @@ impl<S: CheckpointStore> Checkpointer<S> {
         let offset = store.get(&projection)?;
         validate_offset(offset)?;
         let progress = Progress::at(offset, cadence);
-        Ok(Self { store, projection, progress, in_doubt: Vec::new() })
+        Ok(Self { store, projection, progress, in_doubt: Vec::new(), rival: false })
     }
 
     /// The offset of the last event processed, saved or not: read on from the one after it.
@@ -333,7 +336,10 @@ impl<S: CheckpointStore> Checkpointer<S> {
                     }
                 }
                 Err(error) => {
-                    if matches!(error, Error::Unavailable { .. }) {
+                    self.rival |= error.is_conflict();
+                    if self.rival {
+                        self.in_doubt.clear();
+                    } else if matches!(error, Error::Unavailable { .. }) {
                         self.in_doubt.push(to);
                     }
                     self.progress.failed = true;
@@ -393,6 +399,8 @@ impl Progress {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
@@ -468,5 +476,83 @@ mod tests {
     #[should_panic(expected = "every 0 events")]
     fn every_zero_events_panics() {
         let _ = Cadence::every(0);
+    }
+    fn cadence() -> impl Strategy<Value = Cadence> {
+        let events = 1..6_u64;
+        let interval = (0..50_u64).prop_map(Duration::from_millis);
+        prop_oneof![
+            events.clone().prop_map(Cadence::every),
+            interval.clone().prop_map(Cadence::within),
+            (events, interval)
+                .prop_map(|(events, interval)| { Cadence::every(events).or_within(interval) }),
+        ]
+    }
+
+    #[derive(Debug, Clone)]
+    struct Step {
+        time_passing: Duration,
+        /// How much further on the next event is; 0 is an idle turn of the loop.
+        gap: i64,
+        save_succeeds: bool,
+        crash: bool,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        (0..30_u64, 0..4_i64, prop::bool::weighted(0.7), prop::bool::weighted(0.05)).prop_map(
+            |(millis, gap, save_succeeds, crash)| {
+                let time_passing = Duration::from_millis(millis);
+                Step { time_passing, gap, save_succeeds, crash }
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            failure_persistence: None,
+            ..ProptestConfig::with_cases(2_000)
+        })]
+
+        #[test]
+        fn nothing_waits_longer_than_the_cadence_allows_and_nothing_is_saved_before(
+            cadence in cadence(),
+            steps in prop::collection::vec(step(), 0..120),
+        ) {
+            let mut now = Instant::now();
+            let mut checkpoint = 0;
+            let mut progress = Progress::at(checkpoint, cadence);
+            // When each event was processed that is not saved.
+            let mut waiting = Vec::new();
+            let mut save_failed = false;
+
+            for Step { time_passing, gap, save_succeeds, crash } in steps {
+                now += time_passing;
+                if crash {
+                    progress = Progress::at(checkpoint, cadence);
+                    waiting.clear();
+                    save_failed = false;
+                }
+                progress.processed(progress.offset + gap, now)?;
+                if gap > 0 {
+                    waiting.push(now);
+                }
+                let reached = waiting.first().is_some_and(|&first| {
+                    cadence.events.is_some_and(|events| waiting.len() as u64 >= events)
+                        || cadence.interval.is_some_and(|interval| now - first >= interval)
+                });
+                prop_assert_eq!(progress.is_due(now), reached || save_failed);
+                if progress.is_due(now) {
+                    save_failed = !save_succeeds;
+                    if save_succeeds {
+                        checkpoint = progress.offset;
+                        progress.all_saved();
+                        waiting.clear();
+                    } else {
+                        progress.failed = true;
+                    }
+                }
+                prop_assert_eq!(progress.saved, checkpoint);
+                prop_assert_eq!(progress.pending, waiting.len() as u64);
+            }
+        }
     }
 }

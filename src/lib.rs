@@ -1,5 +1,208 @@
-//! Remembers how far each projection of an event stream has got.
+//! # Checkpoints for projections
+//!
+//! An event-sourced system builds its read models, the *projections*, from a stream of events. Each
+//! projection must remember the *offset* of the last event it has processed, its *checkpoint*, so that
+//! after a restart it goes on there: none lost, none applied twice. This crate keeps checkpoints, for
+//! programs that do not use async: in PostgreSQL ([`PostgresCheckpointStore`]), in memory
+//! ([`MemoryCheckpointStore`]), or in a store of your own ([`CheckpointStore`]).
+//!
+//! ```
+//! use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
+//!
+//! let store = MemoryCheckpointStore::new();
+//! store.save("orders", 42)?;
+//! assert_eq!(store.get("orders")?, 42); // read on from event 43
+//! # Ok::<(), checkpoint_store::Error>(())
+//! ```
+//!
+//! A checkpoint says how far a projection has got. It does not hold events, it does not know the end
+//! of the stream until you [tell it](ProjectionStatus), and it does not know whether the read model is
+//! right. It is true as far as it is saved together with what it speaks of.
+//!
+//! # `save`, `advance` or `lock`?
+//!
+//! | You have | Use | What you get |
+//! |---|---|---|
+//! | a read model in the same database | [`lock`](InTransaction::lock), apply, [`save`](InTransaction::save), commit | exactly once, with any number of rival workers |
+//! | the same, and transactions that should not wait for each other | [`get`](InTransaction::get), apply, [`advance`](InTransaction::advance), commit | exactly once; of rivals all but one roll back |
+//! | a read model elsewhere | a [`Checkpointer`] | at least once; a second runner is found out |
+//! | to move a projection by hand | [`save`](CheckpointStore::save) | the offset that you say, whatever it was |
+//!
+//! # Exactly once
+//!
+//! The read model and the checkpoint commit together, or neither does:
+//!
+//! ```no_run
+//! # #[cfg(feature = "postgres")] mod example {
+//! use checkpoint_store::{PostgresCheckpointStore, postgres::Client};
+//!
+//! fn apply_next(store: &PostgresCheckpointStore, client: &mut Client) -> Result<bool, Box<dyn std::error::Error>> {
+//!     let mut tx = client.transaction()?;
+//!     let offset = store.in_transaction(&mut tx).lock("revenue")?; // a rival waits here
+//!     let event = tx.query_opt("SELECT id, amount FROM events WHERE id > $1 ORDER BY id LIMIT 1", &[&offset])?;
+//!     let Some(event) = event else { return Ok(false) };
+//!     tx.execute("UPDATE revenue SET total = total + $1", &[&event.get::<_, i64>("amount")])?;
+//!     store.in_transaction(&mut tx).save("revenue", event.get("id"))?; // last, so nothing can fail after it
+//!     tx.commit()?;
+//!     Ok(true)
+//! }
+//! # }
+//! ```
+//!
+//! When the connection is lost during the commit nobody can tell whether it took place. Begin anew: the
+//! offset that `lock` returns says it.
+//!
+//! # At least once, at a cadence
+//!
+//! Where the read model is elsewhere, in files or in a search index, make handling an event twice
+//! harmless, and choose how many are handled twice after a crash:
+//!
+//! ```
+//! use checkpoint_store::{Cadence, Checkpointer, MemoryCheckpointStore};
+//! use std::time::Duration;
+//!
+//! let store = MemoryCheckpointStore::new();
+//! let cadence = Cadence::every(500).or_within(Duration::from_secs(1));
+//! let mut checkpointer = Checkpointer::resume(&store, "search-index", cadence)?;
+//! for offset in checkpointer.offset() + 1..=1_200 {
+//!     // handle the event, then:
+//!     checkpointer.processed(offset)?;
+//! }
+//! checkpointer.flush()?;
+//! # Ok::<(), checkpoint_store::Error>(())
+//! ```
+//!
+//! # Threads
+//!
+//! Events that are handled by several threads are done out of order. A [`Watermark`] knows up to where
+//! all are done; that is what to checkpoint. Many threads with a projection each share one store, and
+//! save faster through a [`GroupedCheckpointStore`].
+//!
+//! # Monitoring
+//!
+//! ```
+//! use checkpoint_store::{CheckpointStore, HealthCheck, MemoryCheckpointStore};
+//! use std::time::{Duration, SystemTime};
+//!
+//! # let store = MemoryCheckpointStore::new();
+//! # store.save("orders", 9_958)?;
+//! let check = HealthCheck::new().critical_lag(5_000).stalled_after(Duration::from_secs(300));
+//! let checkpoints = store.all()?;
+//! let stream_head = 10_000; // asked for after the checkpoints, so that none seems to be ahead of it
+//! for checkpoint in checkpoints {
+//!     let status = checkpoint.status(stream_head);
+//!     let health = check.assess(&status, SystemTime::now());
+//!     println!("{}: {health} ({:.1} %)", status.projection, status.percent_complete);
+//!     # assert_eq!(health.to_string(), "projection lagging: 42 events");
+//! }
+//! # Ok::<(), checkpoint_store::Error>(())
+//! ```
+//!
+//! # Errors
+//!
+//! Each [`Error`] says what failed and on what, keeps its cause, and shows no password. What to do:
+//!
+//! ```
+//! use checkpoint_store::Error;
+//!
+//! fn what_next(error: &Error) -> &'static str {
+//!     match error {
+//!         Error::Conflict { .. } => "roll back; another worker runs this projection: stop, or read the offset again",
+//!         error if error.is_transient() => "roll back, wait a little, begin anew with the offset that is stored",
+//!         _ => "stop and tell somebody: trying again does not help",
+//!     }
+//! }
+//! # assert!(what_next(&Error::backend("save", "disk full")).starts_with("stop"));
+//! ```
+//!
+//! # Resetting a projection
+//!
+//! To build a read model anew while its worker runs, take the worker's place for a moment. One that
+//! uses `lock` waits, and then begins at 0; one that uses `advance` or a [`Checkpointer`] sees a
+//! [`Conflict`](Error::Conflict), and begins anew when it is restarted.
+//!
+//! ```no_run
+//! # #[cfg(feature = "postgres")] mod example {
+//! # use checkpoint_store::{PostgresCheckpointStore, postgres::Client};
+//! fn reset(store: &PostgresCheckpointStore, client: &mut Client) -> Result<(), Box<dyn std::error::Error>> {
+//!     let mut tx = client.transaction()?;
+//!     store.in_transaction(&mut tx).lock("revenue")?;
+//!     tx.execute("UPDATE revenue SET total = 0", &[])?;
+//!     store.in_transaction(&mut tx).save("revenue", 0)?;
+//!     tx.commit()?;
+//!     Ok(())
+//! }
+//! # }
+//! ```
+//!
+//! # Several environments in one database
+//!
+//! Give each a schema: `PostgresCheckpointStore::builder().schema("staging")`. Names of projections are
+//! apart then, and so are rights.
+//!
+//! # From async code
+//!
+//! The `postgres` crate blocks, on a runtime of its own: called on a thread that drives an async
+//! runtime it panics. Hand the call to a thread that may block:
+//!
+//! ```
+//! # use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
+//! # use std::sync::Arc;
+//! # let store = Arc::new(MemoryCheckpointStore::new());
+//! # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+//! let saved = tokio::task::spawn_blocking({
+//!     let store = Arc::clone(&store);
+//!     move || store.save("orders", 42)
+//! });
+//! saved.await.expect("the task has not panicked")?;
+//! # Ok::<(), checkpoint_store::Error>(())
+//! # })?;
+//! # Ok::<(), checkpoint_store::Error>(())
+//! ```
+//!
+//! In a program that is async throughout, another crate serves better.
+//!
+//! # Streams that begin at 0
+//!
+//! [`get`](CheckpointStore::get) says 0 when there is no checkpoint, which fits a stream that begins at
+//! 1, as a `bigserial` does. Where the first event has offset 0, save `offset + 1` and read from
+//! `get()` on; or tell none from 0 with [`find`](CheckpointStore::find).
+//!
+//! # Gaps in the stream
+//!
+//! A checkpoint store cannot see that event 41 will be committed after event 42. With events numbered
+//! by a sequence that happens whenever two transactions append at once, and a projection that has
+//! checkpointed 42 never reads 41. That is for the reader of events to avoid: read only what is older
+//! than every transaction that is still open. In PostgreSQL 13 and later:
+//!
+//! ```sql
+//! CREATE TABLE events (
+//!     written_by xid8 NOT NULL DEFAULT pg_current_xact_id(), -- before the id, to be filled before it
+//!     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+//!     payload jsonb NOT NULL
+//! );
+//! -- the next events after $1:
+//! SELECT id, payload FROM events
+//! WHERE id > $1 AND written_by < pg_snapshot_xmin(pg_current_snapshot())
+//! ORDER BY id LIMIT 500;
+//! ```
+//!
+//! Any transaction left open in that database, even one that has nothing to do with events, then holds
+//! the projection back: watch for old ones.
+//!
+//! # Features
+//!
+//! | Feature | Default | What it adds |
+//! |---|---|---|
+//! | `postgres` | yes | [`PostgresCheckpointStore`]; the crates `postgres`, `r2d2` and `r2d2_postgres` |
+//! | `conformance` | no | [`conformance::verify`]: the contract as code, for stores of your own |
+//!
+//! Without any, the crate depends on `thiserror` alone.
 
+#![cfg_attr(
+    not(all(feature = "postgres", feature = "conformance")),
+    allow(rustdoc::broken_intra_doc_links)
+)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 
@@ -29,3 +232,8 @@ pub use watermark::Watermark;
 
 #[cfg(feature = "postgres")]
 pub use {postgres, r2d2, r2d2_postgres};
+
+/// The front page's code compiles.
+#[cfg(all(doctest, feature = "postgres", feature = "conformance"))]
+#[doc = include_str!("../README.md")]
+pub struct Readme;

@@ -133,3 +133,26 @@ impl CheckpointStore for MemoryCheckpointStore {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_still_works_after_a_thread_has_panicked_in_it() {
+        let store = MemoryCheckpointStore::new();
+        store.save("orders", 1).unwrap();
+        std::thread::scope(|scope| {
+            let panicking = scope.spawn(|| {
+                let _rows = store.rows.lock();
+                std::panic::resume_unwind(Box::new("on purpose"));
+            });
+            assert!(panicking.join().is_err());
+        });
+        assert!(store.rows.is_poisoned());
+        store.save("orders", 2).unwrap();
+        store.advance("orders", 2, 3).unwrap();
+        assert_eq!(store.get("orders").unwrap(), 3);
+        assert_eq!(store.all().unwrap().len(), 1);
+    }
+}

@@ -21,6 +21,11 @@ use crate::{Error, Result};
 /// grows by 8 to 16 bytes with each event that is begun and completed beyond it. So complete an
 /// event even when it is given up, and stop reading while the watermark is too far behind.
 ///
+/// What [`complete`](Watermark::complete) returned in one thread may reach another after a later one:
+/// checkpoint [`offset`](Watermark::offset). When it jumps over several events,
+/// [`Checkpointer::processed`](crate::Checkpointer::processed) counts that as one; so give its
+/// cadence a time limit too, or tell it of each event that the watermark has passed.
+///
 /// # Examples
 ///
 /// ```

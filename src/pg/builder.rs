@@ -9,7 +9,7 @@ use r2d2_postgres::PostgresConnectionManager;
 
 use super::failure::{failure, no_connection};
 use super::identifier::Table;
-use super::pool::{ConnectWatch, bound_network_waits};
+use super::pool::{ConnectWatch, PATIENCE, POOL_TIMEOUT, bound_network_waits};
 use super::{Options, PostgresCheckpointStore};
 use crate::{Error, Result};
 
@@ -163,7 +163,7 @@ impl PostgresCheckpointStoreBuilder {
     /// [`postgres::Config`].
     ///
     /// One connection is made before this returns, so that what is wrong is named at once. Later
-    /// operations wait up to 30 seconds for a connection.
+    /// operations wait up to 30 seconds for a connection, the pool's own `get` up to 4.
     ///
     /// Where the parameters are silent, or give the default of `postgres`, these hold instead:
     /// `connect_timeout` 4 seconds an address, `tcp_user_timeout` 10 seconds, `keepalives_idle` 10
@@ -258,6 +258,7 @@ impl PostgresCheckpointStoreBuilder {
             let mut pool = Pool::builder()
                 .max_size(max_connections)
                 .min_idle(Some(0))
+                .connection_timeout(POOL_TIMEOUT)
                 .test_on_check_out(false)
                 .error_handler(Box::new(watch.clone()))
                 .event_handler(Box::new(watch.clone()));
@@ -268,7 +269,7 @@ impl PostgresCheckpointStoreBuilder {
             let pool = pool.build_unchecked(manager);
             // Not to wait, but to make the pool open its first connection.
             drop(pool.get_timeout(Duration::ZERO));
-            watch.first_attempt(pool.connection_timeout()).map(|()| (pool, watch))
+            watch.first_attempt(PATIENCE).map(|()| (pool, watch))
         };
         let (pool, watch) =
             open(self.max_connections).map_err(|cause| no_connection("connect", &server, cause))?;
@@ -276,7 +277,7 @@ impl PostgresCheckpointStoreBuilder {
             shared_session_is_refused(&pool, &watch, || Some(open(1).ok()?.1))
                 .map_err(|cause| failure("connect", server, cause))?;
         }
-        Ok(PostgresCheckpointStore::assemble(pool, table, self.options, Some(watch)))
+        Ok(PostgresCheckpointStore::assemble(pool, table, self.options, PATIENCE, Some(watch)))
     }
 
     /// Uses the caller's pool, whatever it was configured with.
@@ -309,7 +310,8 @@ impl PostgresCheckpointStoreBuilder {
         M: ManageConnection<Connection = Client>,
     {
         let table = Table::new(&self.schema, &self.table)?;
-        Ok(PostgresCheckpointStore::assemble(pool, table, self.options, None))
+        let patience = pool.connection_timeout();
+        Ok(PostgresCheckpointStore::assemble(pool, table, self.options, patience, None))
     }
 }
 

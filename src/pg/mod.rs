@@ -11,7 +11,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use postgres::{Client, NoTls, Transaction};
 use r2d2::{ManageConnection, Pool, PooledConnection};
@@ -24,7 +24,7 @@ pub use self::transaction::InTransaction;
 use self::failure::{failure, is_connection_loss, no_connection};
 use self::identifier::Table;
 use self::migrate::{Migration, migrate};
-use self::pool::ConnectWatch;
+use self::pool::{AllInUse, ConnectWatch, take};
 use self::queries::Queries;
 use self::session::{Pooled, Session};
 use crate::checkpoint::{validate_advance, validate_all, validate_offset, validate_projection};
@@ -37,17 +37,28 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 /// # Connections
 ///
 /// An operation takes a connection from the pool for as long as it runs, one round trip, and waits
-/// for one as long as the pool's `connection_timeout` says. No connection is tested when it is
-/// taken out. When one turns out to be dead, because the server was restarted, say, operations
-/// that can be repeated safely go on with a fresh one: `find`, `get`, `all`, `save`, `save_many`
-/// and `delete`. The caller sees [`Unavailable`](Error::Unavailable) only when the pool's
-/// `connection_timeout` has passed. A repeated `delete` may say `false` for what its first try has
-/// deleted.
+/// for one up to 30 seconds, or with a pool of the caller's own up to its `connection_timeout`. No
+/// connection is tested when it is taken out. When one turns out to be dead, because the server
+/// was restarted, say, operations that can be repeated safely go on with a fresh one: `find`,
+/// `get`, `all`, `save`, `save_many` and `delete`. The caller sees
+/// [`Unavailable`](Error::Unavailable) only when that time has passed; its cause says whether no
+/// connection could be made or all are in use. A repeated `delete` may say `false` for what its
+/// first try has deleted.
+///
+/// After an outage a store is back within about 2 seconds of its server. With a pool of the
+/// caller's own that is up to half of its `connection_timeout`, for so long does `r2d2` pause
+/// between two attempts to connect.
 ///
 /// `advance` is not repeated once the server may have seen it, for the second one would find the
 /// first one's offset: it returns `Unavailable`, and the caller reads the offset again. Once a
 /// connection was lost, the others from before are tested before an `advance` uses them, so that
 /// one outage is one error, not one for each connection.
+///
+/// A server may still be at a request whose client is gone, so the offset that is read at once may
+/// be the one from before. Nothing is lost or counted twice by that: `lock` waits for what is
+/// under way, and an `advance` from such an offset is a [`Conflict`](Error::Conflict), upon which
+/// the caller reads again. A `save` that is so late sets the checkpoint back to its own offset;
+/// where that would be a harm, use `advance` or a transaction.
 ///
 /// # Statements
 ///
@@ -77,6 +88,8 @@ where
 struct Shared {
     queries: Queries,
     options: Options,
+    /// How long an operation waits for a connection.
+    patience: Duration,
     watch: Option<ConnectWatch>,
     /// How many connections were lost so far.
     losses: AtomicU64,
@@ -144,22 +157,28 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     /// ```
     #[must_use]
     pub fn new(pool: Pool<M>) -> Self {
-        Self::assemble(pool, Table::projection_checkpoints(), Options::default(), None)
+        let patience = pool.connection_timeout();
+        Self::assemble(pool, Table::projection_checkpoints(), Options::default(), patience, None)
     }
 
     fn assemble(
         pool: Pool<M>,
         table: Table,
         options: Options,
+        patience: Duration,
         watch: Option<ConnectWatch>,
     ) -> Self {
         let queries = Queries::new(table);
-        let shared = Shared { queries, options, watch, losses: AtomicU64::new(0) };
+        let shared = Shared { queries, options, patience, watch, losses: AtomicU64::new(0) };
         Self { pool, shared: Arc::new(shared) }
     }
 
     /// Makes the table, and the schema, where they are missing. Nothing else of this crate runs
     /// DDL.
+    ///
+    /// The table gets a `fillfactor` of 25: room on each page for new versions of its rows, so that
+    /// more than 99.9 percent of saves are heap-only (HOT) updates and the table stays small; see
+    /// `benches/storage.rs`. A table that is there already is left as it is.
     ///
     /// Any number of processes may call it at once. Where the table stands already nothing is
     /// created, and no right to create anything is needed; its columns are checked. Once it
@@ -218,6 +237,9 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     /// Its `Debug` output tells the parameters, host and user among them, without the password;
     /// that of the store tells none.
     ///
+    /// If the builder made it, its `get` waits up to 4 seconds; `get_timeout` as long as it is told.
+    /// Who holds the pool's last connection and calls the store itself waits in vain.
+    ///
     /// # Examples
     ///
     /// ```no_run
@@ -231,14 +253,14 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
         &self.pool
     }
 
-    /// Runs what may run twice, on fresh connections for as long as the pool's time-out allows.
+    /// Runs what may run twice, on fresh connections for as long as the store's patience lasts.
     fn repeatable<T>(
         &self,
         operation: &'static str,
         subject: impl fmt::Display,
         mut run: impl FnMut(&mut PooledConnection<M>) -> Result<T, Box<dyn StdError + Send + Sync>>,
     ) -> Result<T> {
-        let deadline = Instant::now() + self.pool.connection_timeout();
+        let deadline = Instant::now() + self.shared.patience;
         loop {
             let mut client = self.connection(operation, &subject, deadline)?;
             match run(&mut client) {
@@ -261,7 +283,7 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
         subject: impl fmt::Display,
         run: impl FnOnce(&mut PooledConnection<M>) -> Result<T, Box<dyn StdError + Send + Sync>>,
     ) -> Result<T> {
-        let deadline = Instant::now() + self.pool.connection_timeout();
+        let deadline = Instant::now() + self.shared.patience;
         let losses = self.shared.losses.load(Ordering::Relaxed);
         let mut client = loop {
             let mut client = self.connection(operation, &subject, deadline)?;
@@ -298,9 +320,12 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
         subject: impl fmt::Display,
         deadline: Instant,
     ) -> Result<PooledConnection<M>> {
-        let left = deadline.saturating_duration_since(Instant::now());
         let watch = self.shared.watch.as_ref();
-        let connection = self.pool.get_timeout(left).map_err(|timeout| {
+        let connection = take(&self.pool, deadline).map_err(|timeout| {
+            let size = self.pool.max_size();
+            if self.pool.state().connections == size {
+                return no_connection(operation, &subject, AllInUse(size));
+            }
             match watch.and_then(ConnectWatch::last_failure) {
                 Some(cause) => no_connection(operation, &subject, cause),
                 None => no_connection(operation, &subject, timeout),

@@ -5,7 +5,18 @@ use std::time::{Duration, Instant};
 
 use postgres::{Client, Config};
 use r2d2::event::AcquireEvent;
-use r2d2::{CustomizeConnection, HandleError, HandleEvent};
+use r2d2::{
+    CustomizeConnection, HandleError, HandleEvent, ManageConnection, Pool, PooledConnection,
+};
+
+/// How long an operation waits for a connection of a pool that the builder made.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+/// The time-out of such a pool itself. It is shorter because r2d2 pauses for up to half of it
+/// between two attempts to connect, and so long does an outage seem to last after its end.
+pub(crate) const POOL_TIMEOUT: Duration = Duration::from_secs(4);
+/// How long to wait before the pool is asked anew. r2d2 wakes nobody when a dead connection leaves
+/// room for a new one, and opens none until somebody asks.
+const ROUND: Duration = Duration::from_secs(1);
 
 /// How long one address may take to answer a connection attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
@@ -36,6 +47,35 @@ pub(crate) fn bound_network_waits(config: &mut Config) {
         config.keepalives_retries(KEEPALIVE_RETRIES);
     }
 }
+
+/// Takes a connection out of the pool, and waits for one until the deadline.
+pub(crate) fn take<M: ManageConnection>(
+    pool: &Pool<M>,
+    deadline: Instant,
+) -> Result<PooledConnection<M>, r2d2::Error> {
+    let mut reason: Option<r2d2::Error> = None;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = match pool.get_timeout(left.min(ROUND)) {
+            Ok(connection) => return Ok(connection),
+            Err(timeout) => timeout,
+        };
+        // r2d2 tells only once why an attempt to connect has failed.
+        let told = match reason.take() {
+            Some(earlier) if earlier.to_string().len() > timeout.to_string().len() => earlier,
+            _ => timeout,
+        };
+        if left <= ROUND {
+            return Err(told);
+        }
+        reason = Some(told);
+    }
+}
+
+/// None of the pool's connections was given back in time.
+#[derive(Debug, thiserror::Error)]
+#[error("all connections of the pool are in use ({0})")]
+pub(crate) struct AllInUse(pub(crate) u32);
 
 /// Keeps what r2d2 only logs: why the last attempt to connect failed.
 #[derive(Clone, Default)]

@@ -91,10 +91,12 @@ impl CheckpointStore for Broken {
     }
 }
 
+type SaveManyFn = fn(&MemoryCheckpointStore, &[(&str, i64)]) -> Result<()>;
+
 /// A memory store with another `save_many`.
 struct SaveMany {
     memory: MemoryCheckpointStore,
-    save_many: fn(&MemoryCheckpointStore, &[(&str, i64)]) -> Result<()>,
+    save_many: SaveManyFn,
 }
 
 impl CheckpointStore for SaveMany {
@@ -190,7 +192,8 @@ fn an_advance_that_looks_and_writes_without_holding_on_is_found() {
 
 #[test]
 fn a_list_in_another_order_is_found() {
-    let orders: [fn(&Broken) -> Result<Vec<Checkpoint>>; 3] = [
+    type All = fn(&Broken) -> Result<Vec<Checkpoint>>;
+    let orders: [All; 3] = [
         |this| {
             let mut all = this.memory.all()?;
             all.reverse();

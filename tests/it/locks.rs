@@ -99,8 +99,8 @@ fn never_waits(
     ) -> checkpoint_store::Result<()>,
 ) {
     let mut holder = schema.client();
-    let mut held = holder.transaction().unwrap();
-    hold(&schema.store, &mut held).unwrap();
+    let mut rivals = holder.transaction().unwrap();
+    hold(&schema.store, &mut rivals).unwrap();
 
     let mut rival = schema.client();
     let mut tx = rival.transaction().unwrap();
@@ -114,7 +114,7 @@ fn never_waits(
     schema.store.in_transaction(&mut tx).save("another", 1).unwrap();
     tx.commit().unwrap();
     assert_eq!(schema.store.get("another").unwrap(), 1);
-    held.rollback().unwrap();
+    rivals.rollback().unwrap();
 }
 
 #[test]

@@ -2,9 +2,13 @@
 
 #![allow(clippy::too_many_lines, reason = "a test tells one story")]
 
+mod checkpointer;
 mod connect;
 mod contract;
+mod dashboard;
+mod documentation;
 mod failover;
+mod faults;
 mod foreign_rows;
 mod grouped;
 mod harness;
@@ -13,12 +17,18 @@ mod identifiers;
 mod locks;
 mod memory;
 mod migrate;
+mod model;
 mod network;
+mod order_summary;
 mod pgbouncer;
 mod postgres;
 mod prepared;
 mod privileges;
+mod redis;
 mod secrets;
+mod source_system;
 mod sql_files;
+mod threaded_batch;
 mod tls;
 mod transactions;
+mod watermark;

@@ -219,8 +219,9 @@ fn a_name_that_another_program_has_taken_is_a_clear_error() {
         let sql = "SELECT substr(name, 2)::int FROM pg_prepared_statements";
         let next: i32 = client.query_typed_one(sql, &[]).unwrap().get(0);
         let theirs: String = (next..next + 200)
-            .map(|i| format!("PREPARE s{i} (text, bigint) AS SELECT 1;"))
-            .collect();
+            .map(|i| format!("PREPARE s{i} (text, bigint) AS SELECT 1"))
+            .collect::<Vec<_>>()
+            .join(";");
         harness::client(&pooler.params())
             .batch_execute(&format!("DEALLOCATE ALL; {theirs}"))
             .unwrap();

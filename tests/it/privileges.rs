@@ -1,6 +1,7 @@
 //! The least that a role has to be granted, and what is said when it is less.
 
 use checkpoint_store::postgres::Transaction;
+use checkpoint_store::postgres::error::SqlState;
 use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore, Result, conformance};
 
 use crate::harness::{self, chain, sql_state};
@@ -91,7 +92,9 @@ const OPERATIONS: [(&str, &[&str], Operation); 11] = [
 #[test]
 fn the_grants_of_the_documentation_are_enough_for_everything() {
     let mut granted = Granted::nothing();
-    GRANTS.into_iter().for_each(|grant| granted.grant(grant));
+    for grant in GRANTS {
+        granted.grant(grant);
+    }
     let store = granted.store();
     store.migrate().unwrap();
     conformance::verify(&store);
@@ -118,7 +121,7 @@ fn the_grants_of_the_documentation_are_enough_for_everything() {
         "DROP TABLE app.projection_checkpoints",
     ] {
         let error = client.batch_execute(refused).unwrap_err();
-        assert_eq!(error.code().map(|code| code.code()), Some("42501"), "{refused}");
+        assert_eq!(error.code().map(SqlState::code), Some("42501"), "{refused}");
     }
 }
 

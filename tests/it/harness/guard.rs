@@ -101,3 +101,9 @@ pub(crate) fn signal_pid(pid: i32, signal: Signal) {
     let pid = Pid::from_raw(pid).expect("a process id");
     rustix::process::kill_process(pid, signal).expect("the process takes the signal");
 }
+
+/// Kills a process that may have ended by itself.
+pub(crate) fn kill_process(pid: i32) {
+    let pid = Pid::from_raw(pid).expect("a process id");
+    let _ = rustix::process::kill_process(pid, Signal::KILL);
+}

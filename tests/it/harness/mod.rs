@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use checkpoint_store::PostgresCheckpointStore;
 use checkpoint_store::postgres::{Client, NoTls};
 
-pub(crate) use guard::signal_pid;
+pub(crate) use guard::{Guard, kill_process, signal, signal_pid};
 pub(crate) use network::Network;
 pub(crate) use pgbouncer::PgBouncer;
-pub(crate) use proxy::Proxy;
-pub(crate) use server::{Options, Server, give_away, server_program};
+pub(crate) use proxy::{Cut, Proxy};
+pub(crate) use server::{Options, Server, free_port, give_away, server_program};
 
 /// The server that all tests share which do not need to stop one.
 pub(crate) fn server() -> &'static Server {
@@ -25,7 +25,8 @@ pub(crate) fn server() -> &'static Server {
     SERVER.get_or_init(|| Server::start(Options::fast()))
 }
 
-fn unique(prefix: &str) -> String {
+/// A name that no other test has.
+pub(crate) fn unique(prefix: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(1);
     format!("{prefix}_{}", NEXT.fetch_add(1, Ordering::Relaxed))
 }

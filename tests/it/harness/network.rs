@@ -7,7 +7,8 @@ use super::server::server_user;
 pub(crate) struct Network {
     namespace: String,
     address: String,
-    guard: Guard,
+    /// Takes it all away at the end.
+    _guard: Guard,
 }
 
 const NEEDS: &str = "this test makes a network namespace and a link to it, and needs root, \
@@ -38,7 +39,7 @@ impl Network {
         run(&["ip", "-n", &namespace, "addr", "add", &format!("{}/30", at(2)), "dev", inner]);
         run(&["ip", "-n", &namespace, "link", "set", "lo", "up"]);
         run(&["ip", "link", "set", &outer, "up"]);
-        let network = Self { namespace, address: at(2), guard };
+        let network = Self { namespace, address: at(2), _guard: guard };
         network.mend();
         network
     }

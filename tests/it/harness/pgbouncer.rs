@@ -63,7 +63,7 @@ impl Drop for PgBouncer {
 fn configure(folder: &Path, port: u16, server_port: u16, settings: &[(&str, &str)]) {
     let users = folder.join("users.txt");
     let settings: String =
-        settings.iter().map(|(name, value)| format!("{name} = {value}\n")).collect();
+        settings.iter().map(|(name, value)| [name, " = ", value, "\n"].concat()).collect();
     let ini = format!(
         "[databases]\n\
          * = host=127.0.0.1 port={server_port}\n\

@@ -1,15 +1,28 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-/// Passes bytes between clients and a server, and counts round trips.
+/// Passes bytes between clients and a server, counts round trips, and cuts a connection off where
+/// it is told to.
 ///
-/// One begins whenever a client speaks for the first time, or after the server did.
+/// A round trip begins whenever a client speaks for the first time, or after the server did.
 pub(crate) struct Proxy {
     port: u16,
     requests: Arc<AtomicUsize>,
+    cut: Arc<Mutex<Option<(&'static str, Cut)>>>,
+}
+
+/// Where a connection is cut off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cut {
+    /// The server does not get the request.
+    BeforeTheRequest,
+    /// The server gets the request, and may still be at it when the client is cut off.
+    AfterTheRequest,
+    /// The server has done what it was asked, and the client does not hear of it.
+    BeforeTheAnswer,
 }
 
 impl Proxy {
@@ -17,7 +30,8 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let port = listener.local_addr().expect("a bound address").port();
         let requests = Arc::new(AtomicUsize::new(0));
-        let counter = Arc::clone(&requests);
+        let cut = Arc::new(Mutex::new(None));
+        let (counter, armed) = (Arc::clone(&requests), Arc::clone(&cut));
         thread::spawn(move || {
             for client in listener.incoming() {
                 let client = client.expect("a client");
@@ -25,16 +39,29 @@ impl Proxy {
                 client.set_nodelay(true).expect("an open socket");
                 server.set_nodelay(true).expect("an open socket");
                 let server_spoke_last = Arc::new(AtomicBool::new(true));
+                let muted = Arc::new(AtomicBool::new(false));
+
                 let (spoke, counter) = (Arc::clone(&server_spoke_last), Arc::clone(&counter));
-                pump(&client, &server, move || {
+                let (mute, armed) = (Arc::clone(&muted), Arc::clone(&armed));
+                pump(&client, &server, move |request| {
                     if spoke.swap(false, Ordering::SeqCst) {
                         counter.fetch_add(1, Ordering::SeqCst);
                     }
+                    let here = take_if_matched(&armed, request);
+                    mute.fetch_or(here == Some(Cut::BeforeTheAnswer), Ordering::SeqCst);
+                    match here {
+                        Some(Cut::BeforeTheRequest) => Pass::Cut,
+                        Some(Cut::AfterTheRequest) => Pass::OnAndCut,
+                        Some(Cut::BeforeTheAnswer) | None => Pass::On,
+                    }
                 });
-                pump(&server, &client, move || server_spoke_last.store(true, Ordering::SeqCst));
+                pump(&server, &client, move |_| {
+                    server_spoke_last.store(true, Ordering::SeqCst);
+                    if muted.load(Ordering::SeqCst) { Pass::Cut } else { Pass::On }
+                });
             }
         });
-        Self { port, requests }
+        Self { port, requests, cut }
     }
 
     pub(crate) fn params(&self) -> String {
@@ -47,17 +74,40 @@ impl Proxy {
         work();
         self.requests.load(Ordering::SeqCst) - before
     }
+
+    /// Cuts off the connection on which the next request with this text in it comes; once.
+    pub(crate) fn cut(&self, text: &'static str, place: Cut) {
+        *self.cut.lock().unwrap_or_else(PoisonError::into_inner) = Some((text, place));
+    }
 }
 
-fn pump(from: &TcpStream, to: &TcpStream, before_passing_on: impl Fn() + Send + 'static) {
+fn take_if_matched(armed: &Mutex<Option<(&'static str, Cut)>>, request: &[u8]) -> Option<Cut> {
+    let mut armed = armed.lock().unwrap_or_else(PoisonError::into_inner);
+    let (_, place) = armed
+        .take_if(|(text, _)| request.windows(text.len()).any(|piece| piece == text.as_bytes()))?;
+    Some(place)
+}
+
+enum Pass {
+    On,
+    OnAndCut,
+    Cut,
+}
+
+fn pump(from: &TcpStream, to: &TcpStream, inspect: impl Fn(&[u8]) -> Pass + Send + 'static) {
     let mut from = from.try_clone().expect("an open socket");
     let mut to = to.try_clone().expect("an open socket");
     thread::spawn(move || {
         let mut buffer = vec![0; 1 << 20];
         while let Ok(read @ 1..) = from.read(&mut buffer) {
-            before_passing_on();
-            if to.write_all(&buffer[..read]).is_err() {
+            let pass = inspect(&buffer[..read]);
+            if !matches!(pass, Pass::Cut) && to.write_all(&buffer[..read]).is_err() {
                 break;
+            }
+            if !matches!(pass, Pass::On) {
+                let _ = from.shutdown(Shutdown::Both);
+                let _ = to.shutdown(Shutdown::Both);
+                return;
             }
         }
         let _ = to.shutdown(Shutdown::Write);

@@ -254,7 +254,9 @@ impl Drop for Server {
 
 /// One of the server's programs, to be run as a user that PostgreSQL accepts: it refuses root.
 pub(crate) fn server_program(name: &str) -> Command {
-    as_server_user(bin_folder().join(name))
+    // The client's programs may be elsewhere than the server's.
+    let beside = bin_folder().join(name);
+    as_server_user(if beside.is_file() { beside } else { name.into() })
 }
 
 /// Any program, run as the user that the server runs as.
@@ -272,7 +274,7 @@ fn bin_folder() -> &'static Path {
     FOLDER.get_or_init(|| {
         if let Some(folder) = std::env::var_os(BIN_VARIABLE) {
             let folder = PathBuf::from(folder);
-            assert!(has_server(&folder), "{BIN_VARIABLE} names {folder:?}: no server is there");
+            assert!(has_server(&folder), "no server is where {BIN_VARIABLE} says");
             return folder;
         }
         let on_path = std::env::var_os("PATH").unwrap_or_default();

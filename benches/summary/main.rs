@@ -1,0 +1,231 @@
+//! The ratios that this crate promises, as one table, and the table from which a cadence is chosen.
+//!
+//! What is compared takes turns, so that what the machine does meanwhile hits both sides alike.
+//! `cargo bench --bench summary -- --svg docs/saves.svg` draws a picture too.
+
+#![allow(clippy::cast_precision_loss, reason = "no number here is that large")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod cadence;
+mod paired;
+mod picture;
+mod report;
+
+use std::hint::black_box;
+
+use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
+
+use paired::{Candidate, Measured, side_by_side};
+use report::Target::{self, AtLeast, AtMost};
+use report::{print_head, print_machine, print_throughput, print_time};
+use support::{
+    BARE_PREPARED, BARE_TYPED, BY_HAND, BareMap, Batches, DURABLE, GROUPED, OURS, PREPARED,
+    ROUND_TRIP, SERVERS, SavedBy, Server, SharedStores, Turns, WAYS, has_pgbench, only_a_test,
+    pgbench, scattered, times_each,
+};
+
+fn main() {
+    if only_a_test() {
+        println!("This is a test run: its figures mean nothing.\n");
+    }
+    print_machine();
+    print_head();
+    let saves = SERVERS.map(|(durability, server)| {
+        let saves = saves(server);
+        print_saves(durability, &saves);
+        saves
+    });
+    for (durability, server) in SERVERS {
+        transactions(durability, server);
+    }
+    let threads = [1, 8, 32].map(|count| {
+        let measured = threads(count);
+        print_threads(count, &measured);
+        (count, measured)
+    });
+    many();
+    for (durability, server) in SERVERS {
+        scale(durability, server);
+    }
+    for threads in [1, 16] {
+        memory(threads);
+    }
+    println!();
+    cadence::print_table();
+    if let Some(path) = argument_after("--svg") {
+        let picture = picture::draw(&saves[0], &threads);
+        std::fs::write(&path, picture).unwrap_or_else(|error| panic!("{path}: {error}"));
+    }
+}
+
+fn argument_after(name: &str) -> Option<String> {
+    let mut arguments = std::env::args().skip_while(|argument| argument != name);
+    arguments.next()?;
+    Some(arguments.next().unwrap_or_else(|| panic!("{name} needs a path")))
+}
+
+/// `full`, or as few as show that it works.
+fn rounds(full: usize) -> usize {
+    if only_a_test() { 2 } else { full }
+}
+
+fn saves(server: &Server) -> Measured {
+    let candidates = WAYS.iter().map(|&(name, way)| {
+        let mut save = way(server);
+        let mut turns = Turns::new();
+        Candidate::new(name, 20, move || {
+            let (projection, offset) = turns.next();
+            save(projection, offset);
+        })
+    });
+    side_by_side(rounds(300), candidates.collect())
+}
+
+fn print_saves(durability: &str, saves: &Measured) {
+    let durable = durability == "durable";
+    let (ours, prepared) = if durable { (1.4, 1.6) } else { (2.0, 2.5) };
+    let row = |what: &str, target, pair| {
+        print_time(&format!("{what}, {durability}"), target, saves, pair);
+    };
+    row("by hand / ours", AtLeast(ours), (BY_HAND, OURS));
+    row("by hand / ours prepared", AtLeast(prepared), (BY_HAND, PREPARED));
+    row("ours / bare `execute_typed`", AtMost(1.05), (OURS, BARE_TYPED));
+    row("ours prepared / bare prepared", AtMost(1.05), (PREPARED, BARE_PREPARED));
+    row("alone through grouped / without it", AtMost(1.05), (GROUPED, OURS));
+    row("ours prepared / empty round trip", Target::None, (PREPARED, ROUND_TRIP));
+}
+
+fn transactions(durability: &str, server: &Server) {
+    let (ours, by_hand, without) = ("with ours", "with one by hand", "without");
+    let candidate = |name, saved_by| {
+        let mut batches = Batches::new(server, 100);
+        Candidate::new(name, 10, move || batches.process(saved_by))
+    };
+    let candidates = vec![
+        candidate(ours, SavedBy::Us),
+        candidate(by_hand, SavedBy::Hand),
+        candidate(without, SavedBy::Nobody),
+    ];
+    let measured = side_by_side(rounds(300), candidates);
+    let what = format!("transaction of 100 events, our save / the same by hand, {durability}");
+    print_time(&what, AtMost(1.05), &measured, (ours, by_hand));
+    let what = format!("transaction of 100 events, our save / no save, {durability}");
+    print_time(&what, Target::None, &measured, (ours, without));
+}
+
+const GROUPED_PREPARED: &str = "ours, grouped and prepared";
+const PGBENCH: &str = "pgbench";
+
+/// A turn takes about a second, a save by each thread counts as one time.
+fn threads(threads: usize) -> Measured {
+    let times = match threads {
+        _ if only_a_test() => 10,
+        1 => 2_000,
+        8 => 1_000,
+        _ => 500,
+    };
+    let stores = SharedStores::new(&DURABLE);
+    let through = |name, store| {
+        let save = move |projection: &str, offset| {
+            CheckpointStore::save(store, projection, offset).expect("saved");
+        };
+        Candidate::timed(name, times, move |times| times_each(threads, times, save))
+    };
+    let mut candidates = vec![
+        through(OURS, &stores.ours as &dyn CheckpointStore),
+        through(PREPARED, &stores.prepared),
+        through(GROUPED, &stores.grouped),
+        through(GROUPED_PREPARED, &stores.grouped_prepared),
+    ];
+    if has_pgbench() {
+        let run = move |times| pgbench(&DURABLE, threads, times);
+        candidates.push(Candidate::timed(PGBENCH, times, run));
+    }
+    side_by_side(rounds(15), candidates)
+}
+
+fn print_threads(threads: usize, measured: &Measured) {
+    if !measured.has(PGBENCH) {
+        eprintln!("pgbench is not installed: nothing to compare threads with");
+        return;
+    }
+    let row = |what: &str, target, ours| {
+        let what = format!("{}, {what} / pgbench with as many connections", threads_word(threads));
+        print_throughput(&what, target, measured, (ours, PGBENCH), threads);
+    };
+    row("ours", Target::None, OURS);
+    row("ours prepared", if threads < 32 { AtLeast(0.95) } else { Target::None }, PREPARED);
+    if threads > 1 {
+        row("ours grouped", if threads < 32 { Target::None } else { AtLeast(2.0) }, GROUPED);
+        row("ours grouped and prepared", Target::None, GROUPED_PREPARED);
+    }
+}
+
+fn threads_word(count: usize) -> String {
+    if count == 1 { "1 thread".to_owned() } else { format!("{count} threads") }
+}
+
+fn many() {
+    let count = if only_a_test() { 10 } else { 1_000 };
+    let names: Vec<_> = (0..count).map(|number| format!("projection {number}")).collect();
+    let store = &support::store(&DURABLE);
+    let (mut offset, names) = (0, &names);
+    let mut together = || {
+        offset += 1;
+        let given: Vec<_> = names.iter().map(|name| (name.as_str(), offset)).collect();
+        store.save_many(&given).expect("saved");
+    };
+    together();
+    let one_by_one = || names.iter().for_each(|name| store.save(name, 42).expect("saved"));
+    let candidates =
+        vec![Candidate::new("save_many", 5, together), Candidate::new("one by one", 1, one_by_one)];
+    let measured = side_by_side(rounds(20), candidates);
+    print_throughput(
+        "`save_many` of 1,000 / one by one, durable",
+        AtLeast(40.0),
+        &measured,
+        ("save_many", "one by one"),
+        count,
+    );
+}
+
+fn scale(durability: &str, server: &Server) {
+    let sizes = [("among few", 10), ("among many", if only_a_test() { 1_000 } else { 1_000_000 })];
+    let tables = sizes.map(|(name, size)| (name, size, support::Table::with(server, size)));
+    let candidates = tables.iter().map(|(name, projections, table)| {
+        let mut turns = 0..;
+        Candidate::new(name, 20, move || {
+            let turn = turns.next().expect("no end");
+            table.store.save(&scattered(turn, *projections), 42).expect("saved");
+        })
+    });
+    let measured = side_by_side(rounds(500), candidates.collect());
+    let what = format!("save among 1,000,000 projections / among 10, {durability}");
+    print_time(&what, AtMost(1.2), &measured, ("among many", "among few"));
+}
+
+fn memory(threads: usize) {
+    let (ours, bare) = (MemoryCheckpointStore::new(), BareMap::default());
+    let (ours, bare) = (&ours, &bare);
+    let times = if only_a_test() { 10 } else { 200_000 / threads as u64 };
+    let ours_saves = move |projection: &str, offset| ours.save(projection, offset).expect("saved");
+    let bare_saves = move |projection: &str, offset| bare.save(projection, offset);
+    let ours_gets = move |projection: &str, _| drop(black_box(ours.get(projection)));
+    let bare_gets = move |projection: &str, _| {
+        black_box(bare.get(projection));
+    };
+    let candidates = vec![
+        Candidate::timed("save", times, move |times| times_each(threads, times, ours_saves)),
+        Candidate::timed("bare save", times, move |times| times_each(threads, times, bare_saves)),
+        Candidate::timed("get", times, move |times| times_each(threads, times, ours_gets)),
+        Candidate::timed("bare get", times, move |times| times_each(threads, times, bare_gets)),
+    ];
+    let measured = side_by_side(rounds(100), candidates);
+    let threads = threads_word(threads);
+    for (operation, other) in [("save", "bare save"), ("get", "bare get")] {
+        let what = format!("memory {operation} / bare `Mutex<HashMap>`, {threads}");
+        print_time(&what, AtMost(1.05), &measured, (operation, other));
+    }
+}

@@ -1,0 +1,117 @@
+//! Shows how far each projection is behind its stream: a page for people, and JSON for machines.
+//!
+//! ```text
+//! cargo run --example dashboard                                # a demo, in memory
+//!
+//! export DATABASE_URL=postgres://monitor:secret@localhost/app  # the checkpoints in PostgreSQL
+//! cargo run --example dashboard -- --head-query 'SELECT max(id) FROM events'
+//! ```
+//!
+//! | Route | Answer |
+//! |---|---|
+//! | `GET /` | a page that refreshes itself |
+//! | `GET /api/projections/checkpoints` | an array: `projectionName`, `checkpoint`, `streamHead`, `lag`, `percentComplete`, `updatedAt` |
+//! | `GET /health` | 200 when every projection is healthy or degraded, 503 when one is unhealthy; the level and the reason for each |
+//!
+//! A degraded projection is at work on its backlog, and an orchestrator that restarted it would
+//! only add to that; so it counts as 200. When the checkpoints cannot be read both JSON routes
+//! answer 503, with an `error` that says why.
+//!
+//! The dashboard only reads: `SELECT` on the checkpoints, and what the head query needs, are
+//! enough for its role. It creates no table, starts while the database is down, and recovers by
+//! itself. It knows no TLS and no users. Where others can reach it, let a proxy add both.
+//!
+//! # Exit code
+//!
+//! 0 after Ctrl-C or a `--check` that found all well, 1 after a failure, 2 when the command line
+//! makes no sense.
+
+mod board;
+mod options;
+mod source;
+mod web;
+
+use std::env;
+use std::error::Error;
+use std::io::{self, Read, Write};
+use std::iter;
+use std::net::{SocketAddr, TcpStream};
+use std::process::ExitCode;
+use std::sync::{Arc, mpsc};
+use std::thread;
+
+use tiny_http::Server;
+
+use crate::board::Board;
+use crate::options::{Options, USAGE};
+
+type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
+
+fn main() -> ExitCode {
+    let options = match Options::parse(env::args_os().skip(1), env::var_os("DATABASE_URL")) {
+        Ok(Some(options)) => options,
+        Ok(None) => {
+            print!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Err(reason) => {
+            eprintln!("error: {reason}\n\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", chain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: Options) -> Result<()> {
+    let server = Server::http(options.listen)
+        .map_err(|error| format!("cannot listen on {}: {error}", options.listen))?;
+    let address = server.server_addr().to_ip().ok_or("the server has no address")?;
+    let board = Board::new(options.source.open()?, options.projections, options.health);
+
+    let (end, ended) = mpsc::channel();
+    let interrupted = end.clone();
+    ctrlc::set_handler(move || drop(interrupted.send(Ok(()))))?;
+    thread::spawn(move || end.send(Err(web::serve(&server, &Arc::new(board)))));
+
+    writeln!(io::stdout(), "listening on http://{address}/")?;
+    if options.check { check(address) } else { Ok(ended.recv()??) }
+}
+
+/// Asks for each route once, as a client would.
+fn check(address: SocketAddr) -> Result<()> {
+    let routes = [(web::PAGE, &[200][..]), (web::CHECKPOINTS, &[200]), (web::HEALTH, &[200, 503])];
+    let mut out = io::stdout();
+    for (path, expected) in routes {
+        let (status, body) = get(address, path)?;
+        match path {
+            web::PAGE => writeln!(out, "GET {path} {status}, {} bytes", body.len())?,
+            _ => writeln!(out, "GET {path} {status}\n{body}")?,
+        }
+        if !expected.contains(&status) {
+            return Err(format!("GET {path} answered {status}").into());
+        }
+    }
+    Ok(())
+}
+
+fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
+    let mut stream = TcpStream::connect(address)?;
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").ok_or("the answer is cut short")?;
+    let status = head.split(' ').nth(1).ok_or("the answer has no status")?;
+    Ok((status.parse()?, body.to_owned()))
+}
+
+/// An error and its causes, in one line.
+fn chain(error: &(dyn Error + 'static)) -> String {
+    let causes = iter::successors(Some(error), |&error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

@@ -1,0 +1,440 @@
+//! A loop's checkpoints on stores that fail, and with rivals.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use checkpoint_store::{
+    Cadence, Checkpoint, CheckpointStore, Checkpointer, Error, MemoryCheckpointStore, Result,
+};
+use proptest::prelude::*;
+
+use crate::harness::{Schema, chain};
+
+/// What becomes of an `advance`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Fault {
+    /// The store says no: nothing is stored.
+    Refused,
+    /// The connection is lost before the store hears of it: nothing is stored.
+    LostBefore,
+    /// The connection is lost before the answer comes back: it is stored.
+    LostAfter,
+}
+use Fault::{LostAfter, LostBefore, Refused};
+
+/// A memory store whose next calls of `advance` fail as they were told to.
+#[derive(Default)]
+struct Unreliable {
+    memory: MemoryCheckpointStore,
+    faults: Mutex<VecDeque<Fault>>,
+}
+
+impl Unreliable {
+    fn next_fails(&self, faults: &[Fault]) {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner).extend(faults);
+    }
+
+    fn recovers(&self) {
+        self.faults.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    fn stored(&self) -> i64 {
+        self.memory.get("orders").unwrap()
+    }
+}
+
+impl CheckpointStore for Unreliable {
+    fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
+        self.memory.find(projection)
+    }
+    fn all(&self) -> Result<Vec<Checkpoint>> {
+        self.memory.all()
+    }
+    fn save(&self, projection: &str, offset: i64) -> Result<()> {
+        self.memory.save(projection, offset)
+    }
+    fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
+        match self.faults.lock().unwrap_or_else(PoisonError::into_inner).pop_front() {
+            None => self.memory.advance(projection, from, to),
+            Some(Refused) => Err(Error::backend("advance", "disk full")),
+            Some(LostBefore) => Err(lost()),
+            Some(LostAfter) => self.memory.advance(projection, from, to).and(Err(lost())),
+        }
+    }
+    fn delete(&self, projection: &str) -> Result<bool> {
+        self.memory.delete(projection)
+    }
+}
+
+fn lost() -> Error {
+    Error::Unavailable { source: "connection reset".into() }
+}
+
+fn resume<S: CheckpointStore>(store: S, cadence: Cadence) -> Checkpointer<S> {
+    Checkpointer::resume(store, "orders", cadence).unwrap()
+}
+
+/// Last processed, known to be saved, processed since.
+fn state<S: CheckpointStore>(checkpointer: &Checkpointer<S>) -> (i64, i64, u64) {
+    (checkpointer.offset(), checkpointer.saved(), checkpointer.pending())
+}
+
+#[test]
+fn it_resumes_from_its_checkpoint_and_from_zero_without_one() {
+    let store = MemoryCheckpointStore::new();
+    assert_eq!(state(&resume(&store, Cadence::every(1))), (0, 0, 0));
+    store.save("orders", 42).unwrap();
+    store.save("others", 99).unwrap();
+    assert_eq!(state(&resume(&store, Cadence::every(1))), (42, 42, 0));
+    assert_eq!(store.get("orders").unwrap(), 42, "to resume saves nothing");
+}
+
+#[test]
+fn the_first_event_after_a_resume_is_the_first_to_count() {
+    let store = MemoryCheckpointStore::new();
+    store.save("orders", 42).unwrap();
+    let mut checkpointer = resume(&store, Cadence::every(2));
+    assert!(!checkpointer.processed(43).unwrap());
+    assert!(checkpointer.processed(44).unwrap());
+    assert_eq!(store.get("orders").unwrap(), 44);
+}
+
+#[test]
+fn flush_saves_what_is_pending_once_and_nothing_when_nothing_is() {
+    let store = MemoryCheckpointStore::new();
+    let mut checkpointer = resume(&store, Cadence::every(100));
+    assert!(!checkpointer.flush().unwrap());
+    assert_eq!(store.find("orders").unwrap(), None);
+    checkpointer.processed(7).unwrap();
+    assert!(checkpointer.flush().unwrap());
+    assert_eq!((state(&checkpointer), store.get("orders").unwrap()), ((7, 7, 0), 7));
+    assert!(!checkpointer.flush().unwrap());
+}
+
+#[test]
+fn the_same_offset_again_processes_nothing_more() {
+    let store = MemoryCheckpointStore::new();
+    let mut checkpointer = resume(&store, Cadence::every(2));
+    for _ in 0..5 {
+        assert!(!checkpointer.processed(1).unwrap());
+    }
+    assert_eq!(state(&checkpointer), (1, 0, 1));
+    assert!(checkpointer.processed(2).unwrap());
+    assert!(!checkpointer.processed(2).unwrap());
+    assert_eq!(state(&checkpointer), (2, 2, 0));
+}
+
+#[test]
+fn an_offset_that_goes_back_is_refused_and_changes_nothing() {
+    let store = MemoryCheckpointStore::new();
+    store.save("orders", 40).unwrap();
+    let mut checkpointer = resume(&store, Cadence::every(2));
+    for back in [39, 0, -1, i64::MIN] {
+        let refused = checkpointer.processed(back).unwrap_err();
+        assert!(matches!(refused, Error::InvalidOffset { offset, .. } if offset == back));
+        assert_eq!(state(&checkpointer), (40, 40, 0));
+    }
+    checkpointer.processed(42).unwrap();
+    let refused = checkpointer.processed(41).unwrap_err();
+    assert!(matches!(refused, Error::InvalidOffset { offset: 41, .. }));
+    assert_eq!(state(&checkpointer), (42, 40, 1));
+    assert_eq!(store.get("orders").unwrap(), 40);
+    assert!(checkpointer.processed(i64::MAX).unwrap());
+    assert_eq!(store.get("orders").unwrap(), i64::MAX);
+}
+
+#[test]
+fn dropping_it_saves_nothing() {
+    let store = MemoryCheckpointStore::new();
+    let mut checkpointer = resume(&store, Cadence::every(100));
+    checkpointer.processed(1).unwrap();
+    drop(checkpointer);
+    assert_eq!(store.find("orders").unwrap(), None);
+}
+
+#[test]
+fn a_bad_name_is_refused_at_once() {
+    let store = MemoryCheckpointStore::new();
+    for name in ["", "nul\0", &"x".repeat(1_025)] {
+        let refused = Checkpointer::resume(&store, name, Cadence::every(1)).unwrap_err();
+        assert!(matches!(refused, Error::InvalidProjection { .. }), "{refused:?}");
+    }
+}
+
+#[test]
+fn a_negative_offset_in_the_store_is_refused_when_it_resumes() {
+    let schema = Schema::new();
+    let insert = "INSERT INTO projection_checkpoints (projection_name, \"offset\")
+                  VALUES ('orders', -1)";
+    schema.client().execute(insert, &[]).unwrap();
+    let refused = Checkpointer::resume(&schema.store, "orders", Cadence::every(1)).unwrap_err();
+    assert!(matches!(refused, Error::InvalidOffset { offset: -1, .. }), "{refused:?}");
+
+    let refused = Checkpointer::resume(Negative, "orders", Cadence::every(1)).unwrap_err();
+    assert!(matches!(refused, Error::InvalidOffset { offset: -2, .. }), "{refused:?}");
+}
+
+/// A custom store that takes -2 for "none".
+#[derive(Debug)]
+struct Negative;
+
+impl CheckpointStore for Negative {
+    fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
+        Ok(Some(Checkpoint::new(projection, -2, SystemTime::UNIX_EPOCH)))
+    }
+    fn all(&self) -> Result<Vec<Checkpoint>> {
+        Ok(Vec::new())
+    }
+    fn save(&self, _: &str, _: i64) -> Result<()> {
+        Ok(())
+    }
+    fn advance(&self, _: &str, _: i64, _: i64) -> Result<()> {
+        Ok(())
+    }
+    fn delete(&self, _: &str) -> Result<bool> {
+        Ok(false)
+    }
+}
+
+#[test]
+#[should_panic(expected = "every 0 events")]
+fn a_cadence_of_every_0_events_panics() {
+    let _ = Cadence::every(0);
+}
+
+#[test]
+#[should_panic(expected = "every 0 events")]
+fn a_cadence_of_or_every_0_events_panics() {
+    let _ = Cadence::within(Duration::from_secs(1)).or_every(0);
+}
+
+#[test]
+fn a_failed_save_stays_pending_and_is_due_at_once() {
+    type Call = fn(&mut Checkpointer<&Unreliable>) -> Result<bool>;
+    let next_calls: [Call; 4] = [
+        |checkpointer| checkpointer.save_if_due(),
+        |checkpointer| checkpointer.flush(),
+        |checkpointer| checkpointer.processed(3),
+        |checkpointer| checkpointer.processed(4),
+    ];
+    for next_call in next_calls {
+        for fault in [Refused, LostBefore] {
+            let store = Unreliable::default();
+            let mut checkpointer = resume(&store, Cadence::every(3));
+            checkpointer.processed(1).unwrap();
+            checkpointer.processed(2).unwrap();
+            store.next_fails(&[fault, fault]);
+            let error = checkpointer.processed(3).unwrap_err();
+            assert_eq!(error.is_transient(), fault == LostBefore, "{}", chain(&error));
+            assert_eq!((state(&checkpointer), store.stored()), ((3, 0, 3), 0));
+            next_call(&mut checkpointer).unwrap_err();
+            assert_eq!((checkpointer.saved(), store.stored()), (0, 0));
+
+            assert!(next_call(&mut checkpointer).unwrap());
+            let offset = checkpointer.offset();
+            assert_eq!((state(&checkpointer), store.stored()), ((offset, offset, 0), offset));
+            assert!(!checkpointer.processed(offset + 1).unwrap(), "nothing is due any more");
+        }
+    }
+}
+
+#[test]
+fn a_flush_that_failed_before_the_cadence_was_reached_is_due_at_once() {
+    let store = Unreliable::default();
+    let mut checkpointer = resume(&store, Cadence::every(100));
+    checkpointer.processed(1).unwrap();
+    store.next_fails(&[Refused]);
+    checkpointer.flush().unwrap_err();
+    assert_eq!(state(&checkpointer), (1, 0, 1));
+    assert!(checkpointer.processed(2).unwrap());
+    assert_eq!(store.stored(), 2);
+}
+
+#[test]
+fn its_own_save_is_not_mistaken_for_a_rivals_when_the_answer_was_lost() {
+    for fault in [LostBefore, LostAfter] {
+        let store = Unreliable::default();
+        let mut checkpointer = resume(&store, Cadence::every(3));
+        for offset in 1..=2 {
+            checkpointer.processed(offset).unwrap();
+        }
+        store.next_fails(&[fault]);
+        let error = checkpointer.processed(3).unwrap_err();
+        assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+        assert_eq!(store.stored(), if fault == LostAfter { 3 } else { 0 });
+        assert_eq!(state(&checkpointer), (3, 0, 3), "not known to be saved");
+
+        assert!(checkpointer.processed(4).unwrap());
+        assert_eq!((state(&checkpointer), store.stored()), ((4, 4, 0), 4));
+    }
+}
+
+#[test]
+fn a_save_whose_answer_was_lost_is_found_even_when_nothing_came_after_it() {
+    let store = Unreliable::default();
+    let mut checkpointer = resume(&store, Cadence::every(100));
+    checkpointer.processed(7).unwrap();
+    store.next_fails(&[LostAfter]);
+    checkpointer.flush().unwrap_err();
+    assert!(checkpointer.flush().unwrap());
+    assert_eq!((state(&checkpointer), store.stored()), ((7, 7, 0), 7));
+    assert!(!checkpointer.flush().unwrap());
+}
+
+#[test]
+fn any_one_of_several_lost_saves_is_recognised() {
+    for stored in 0..4 {
+        let store = Unreliable::default();
+        let mut checkpointer = resume(&store, Cadence::every(1));
+        for attempt in 0..4 {
+            store.next_fails(&[if attempt == stored { LostAfter } else { LostBefore }]);
+            checkpointer.processed(10 + attempt).unwrap_err();
+        }
+        assert_eq!(store.stored(), 10 + stored);
+        assert!(checkpointer.processed(20).unwrap());
+        assert_eq!((state(&checkpointer), store.stored()), ((20, 20, 0), 20));
+    }
+}
+
+#[test]
+fn a_rival_is_found_out_even_while_a_save_is_in_doubt() {
+    let store = Unreliable::default();
+    let mut checkpointer = resume(&store, Cadence::every(1));
+    store.next_fails(&[LostBefore]);
+    checkpointer.processed(3).unwrap_err();
+    store.save("orders", 2).unwrap();
+    for offset in 4..7 {
+        let conflict = checkpointer.processed(offset).unwrap_err();
+        assert!(matches!(conflict, Error::Conflict { expected: 0, found: 2, .. }), "{conflict:?}");
+    }
+    assert_eq!((checkpointer.saved(), store.stored()), (0, 2));
+}
+
+fn a_second_runner_is_found_out(store: &dyn CheckpointStore) {
+    store.save("orders", 10).unwrap();
+    let mut first = resume(store, Cadence::every(2));
+    let mut second = resume(store, Cadence::every(2));
+
+    assert!(!second.processed(11).unwrap());
+    assert!(!first.processed(11).unwrap());
+    assert!(first.processed(12).unwrap());
+    // Even though both have got to the same place.
+    let conflict = second.processed(12).unwrap_err();
+    assert!(matches!(conflict, Error::Conflict { expected: 10, found: 12, .. }), "{conflict:?}");
+    assert!(first.processed(13).is_ok() && first.flush().unwrap());
+    for conflict in [second.processed(13), second.save_if_due(), second.flush(), second.flush()] {
+        assert!(conflict.unwrap_err().is_conflict());
+    }
+    assert_eq!((state(&second), store.get("orders").unwrap()), ((13, 10, 3), 13));
+    assert!(first.processed(14).is_ok() && first.flush().unwrap());
+}
+
+#[test]
+fn a_second_runner_on_the_memory_store_is_found_out_at_its_first_save_and_from_then_on() {
+    a_second_runner_is_found_out(&MemoryCheckpointStore::new());
+}
+
+#[test]
+fn a_second_runner_on_postgres_is_found_out_at_its_first_save_and_from_then_on() {
+    a_second_runner_is_found_out(&Schema::new().store);
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    /// An event is processed, so much further on.
+    Processed {
+        gap: i64,
+    },
+    SaveIfDue,
+    Flush,
+    /// The next saves fail like this.
+    Faults(Vec<Fault>),
+    Recovery,
+    /// The process dies, and another one goes on.
+    Crash,
+}
+
+fn fault() -> impl Strategy<Value = Fault> {
+    prop_oneof![Just(Refused), Just(LostBefore), Just(LostAfter)]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        8 => (0..4_i64).prop_map(|gap| Step::Processed { gap }),
+        2 => Just(Step::SaveIfDue),
+        1 => Just(Step::Flush),
+        3 => prop::collection::vec(fault(), 1..4).prop_map(Step::Faults),
+        1 => Just(Step::Recovery),
+        1 => Just(Step::Crash),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2_000) })]
+
+    /// The part that depends on time is tested beside the code, where time is an argument.
+    #[test]
+    fn whatever_happens_the_checkpoint_is_where_the_cadence_and_the_events_allow(
+        events in 1..6_u64,
+        start in prop_oneof![Just(0), 1..1_000_i64],
+        steps in prop::collection::vec(step(), 0..120),
+    ) {
+        let store = Unreliable::default();
+        store.save("orders", start).unwrap();
+        let mut checkpointer = resume(&store, Cadence::every(events));
+        // Each event that this process has processed.
+        let mut processed: Vec<i64> = Vec::new();
+        let mut stored_before = start;
+
+        for step in steps {
+            let saving = matches!(step, Step::Processed { .. } | Step::SaveIfDue | Step::Flush);
+            let outcome = match step {
+                Step::Processed { gap } => {
+                    let offset = checkpointer.offset() + gap;
+                    if gap > 0 {
+                        processed.push(offset);
+                    }
+                    checkpointer.processed(offset)
+                }
+                Step::SaveIfDue => checkpointer.save_if_due(),
+                Step::Flush => checkpointer.flush(),
+                Step::Faults(faults) => {
+                    store.next_fails(&faults);
+                    Ok(false)
+                }
+                Step::Recovery => {
+                    store.recovers();
+                    Ok(false)
+                }
+                Step::Crash => {
+                    checkpointer = resume(&store, Cadence::every(events));
+                    processed.clear();
+                    prop_assert_eq!(checkpointer.offset(), store.stored());
+                    Ok(false)
+                }
+            };
+
+            let stored = store.stored();
+            prop_assert!(stored <= checkpointer.offset(), "beyond the last event processed");
+            prop_assert!(stored >= stored_before, "it went back");
+            prop_assert!(checkpointer.saved() <= stored, "said to be saved, and is not");
+            let unsaved = processed.iter().filter(|&&offset| offset > stored).count() as u64;
+            prop_assert!(unsaved <= checkpointer.pending());
+            match outcome {
+                Ok(true) => prop_assert_eq!(state(&checkpointer), (stored, stored, 0)),
+                Ok(false) if saving => prop_assert!(checkpointer.pending() < events),
+                Ok(false) => {}
+                Err(error) => {
+                    prop_assert!(!error.is_conflict(), "there is no rival: {}", error);
+                    prop_assert!(checkpointer.pending() > 0);
+                }
+            }
+            stored_before = stored;
+        }
+
+        store.recovers();
+        checkpointer.flush().unwrap();
+        prop_assert_eq!(store.stored(), checkpointer.offset());
+    }
+}

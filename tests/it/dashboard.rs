@@ -1,0 +1,630 @@
+//! The dashboard example, over HTTP and in a browser.
+
+mod browser;
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant, SystemTime};
+use std::{env, thread};
+
+use checkpoint_store::{CheckpointStore, PostgresCheckpointStore};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use self::browser::Page;
+use crate::harness::{Guard, Options, Server, client, fresh_database, signal, wait_until};
+
+const CHECKPOINTS: &str = "/api/projections/checkpoints";
+const HEAD_QUERY: &str = "SELECT max(id) FROM events";
+const SCRIPT: &str = "<script>document.title = 'pwned'</script>";
+
+fn example() -> Command {
+    let test = env::current_exe().expect("a path");
+    let profile = test.parent().and_then(Path::parent).expect("target/<profile>/deps");
+    let example = profile.join("examples").join(format!("dashboard{}", env::consts::EXE_SUFFIX));
+    let modified = |path: &Path| path.metadata().and_then(|file| file.modified()).ok();
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/dashboard");
+    let latest = sources
+        .read_dir()
+        .expect("the example's folder")
+        .filter_map(|file| modified(&file.expect("a file").path()))
+        .max();
+    assert!(
+        modified(&example).is_some_and(|built| Some(built) >= latest),
+        "{} is missing or out of date: `cargo test` builds it, unless it is told which targets to \
+         test; then run `cargo build --example dashboard` first",
+        example.display()
+    );
+    let mut command = Command::new(example);
+    command.env_remove("DATABASE_URL").stdin(Stdio::null());
+    command
+}
+
+/// The example as a process, killed when this value is dropped.
+struct Dashboard {
+    address: SocketAddr,
+    process: Child,
+    guard: Guard,
+}
+
+impl Dashboard {
+    fn start(command: &mut Command) -> Self {
+        let mut process = command.stdout(Stdio::piped()).spawn().expect("the example starts");
+        let mut guard = Guard::new("checkpoint-store-dashboard-");
+        guard.watch(&process);
+        let mut first_line = String::new();
+        BufReader::new(process.stdout.take().expect("a pipe"))
+            .read_line(&mut first_line)
+            .expect("UTF-8");
+        let address = first_line
+            .strip_prefix("listening on http://")
+            .and_then(|rest| rest.strip_suffix("/\n"))
+            .and_then(|address| address.parse().ok())
+            .unwrap_or_else(|| panic!("no address in {first_line:?}"));
+        Self { address, process, guard }
+    }
+
+    fn demo(arguments: &[&str]) -> Self {
+        Self::start(example().args(["--listen", "127.0.0.1:0"]).args(arguments))
+    }
+
+    fn on(database_url: &str, arguments: &[&str]) -> Self {
+        Self::start(
+            example()
+                .env("DATABASE_URL", database_url)
+                .args(["--listen", "127.0.0.1:0"])
+                .args(arguments),
+        )
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}/", self.address)
+    }
+
+    fn get(&self, path: &str) -> Answer {
+        request(self.address, "GET", path)
+    }
+
+    fn health(&self) -> Health {
+        let answer = self.get("/health");
+        let report = answer.json();
+        let projections = report["projections"].as_array().expect("an array").iter();
+        let text = |value: &Value| value.as_str().expect("a text").to_owned();
+        Health {
+            status: answer.status,
+            level: text(&report["level"]),
+            projections: projections
+                .map(|row| {
+                    let told = (text(&row["level"]), text(&row["reason"]));
+                    (text(&row["projectionName"]), told)
+                })
+                .collect(),
+        }
+    }
+}
+
+impl Drop for Dashboard {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        self.process.wait().expect("the example ends");
+        self.guard.forget(&self.process);
+    }
+}
+
+struct Health {
+    status: u16,
+    level: String,
+    projections: BTreeMap<String, (String, String)>,
+}
+
+impl Health {
+    fn overall(&self) -> (u16, &str) {
+        (self.status, &self.level)
+    }
+
+    fn of(&self, projection: &str) -> (&str, &str) {
+        let (level, reason) = &self.projections[projection];
+        (level, reason)
+    }
+}
+
+struct Answer {
+    status: u16,
+    headers: BTreeMap<String, String>,
+    body: String,
+}
+
+impl Answer {
+    fn json(&self) -> Value {
+        assert_eq!(self.headers["content-type"], "application/json");
+        serde_json::from_str(&self.body).expect("JSON")
+    }
+
+    /// The error of a JSON route that cannot answer.
+    fn error(&self) -> String {
+        assert_eq!(self.status, 503, "{}", self.body);
+        self.json()["error"].as_str().expect("a text").to_owned()
+    }
+}
+
+fn request(address: SocketAddr, method: &str, path: &str) -> Answer {
+    let mut stream = TcpStream::connect(address).expect("the dashboard listens");
+    stream.set_read_timeout(Some(Duration::from_mins(1))).expect("an open socket");
+    write!(stream, "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")
+        .expect("the dashboard reads");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("the dashboard answers");
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a whole answer");
+    let mut lines = head.lines();
+    let status = lines.next().and_then(|line| line.split(' ').nth(1)).expect("a status line");
+    let headers = lines.filter_map(|line| line.split_once(": "));
+    Answer {
+        status: status.parse().expect("a number"),
+        headers: headers.map(|(name, value)| (name.to_lowercase(), value.to_owned())).collect(),
+        body: body.to_owned(),
+    }
+}
+
+/// A database with a stream of that length, and the table of checkpoints.
+fn database(events: i64) -> (String, PostgresCheckpointStore) {
+    let url = fresh_database();
+    let store = prepare(&url, events);
+    (url, store)
+}
+
+fn prepare(url: &str, events: i64) -> PostgresCheckpointStore {
+    let store = PostgresCheckpointStore::connect(url).expect("a store");
+    store.migrate().expect("a table");
+    let table = "CREATE TABLE events (id bigserial PRIMARY KEY)";
+    let mut client = client(url);
+    client.batch_execute(table).expect("a table of events");
+    let insert = "INSERT INTO events SELECT generate_series(1, $1::bigint)";
+    client.execute(insert, &[&events]).expect("events");
+    store
+}
+
+fn run(command: &mut Command) -> (Option<i32>, String, String) {
+    let Output { status, stdout, stderr } = command.output().expect("the example runs");
+    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
+    (status.code(), text(stdout), text(stderr))
+}
+
+#[test]
+fn checkpoints_have_the_keys_of_the_source_system() {
+    let (url, store) = database(1_000);
+    store.save_many(&[("orders", 750), ("customers", 1_000), (SCRIPT, 1_010)]).unwrap();
+    let dashboard =
+        Dashboard::on(&url, &["--head-query", HEAD_QUERY, "--projection", "never saved"]);
+    let answer = dashboard.get(CHECKPOINTS);
+    assert_eq!(answer.status, 200);
+    let mut rows = answer.json();
+    let mut saved_at = Vec::new();
+    for row in rows.as_array_mut().expect("an array") {
+        if let Value::String(time) = row["updatedAt"].take() {
+            saved_at.push(time.parse::<jiff::Timestamp>().expect("RFC 3339"));
+        }
+        let keys: Vec<_> = row.as_object().expect("an object").keys().collect();
+        assert_eq!(
+            keys,
+            ["checkpoint", "lag", "percentComplete", "projectionName", "streamHead", "updatedAt"]
+        );
+    }
+    let row = |name: &str, checkpoint: i64, lag: i64, percent: f64| {
+        json!({ "projectionName": name, "checkpoint": checkpoint, "streamHead": 1_000, "lag": lag,
+                "percentComplete": percent, "updatedAt": null })
+    };
+    let expected = [
+        row(SCRIPT, 1_010, -10, 101.0),
+        row("customers", 1_000, 0, 100.0),
+        row("never saved", 0, 1_000, 0.0),
+        row("orders", 750, 250, 75.0),
+    ];
+    assert_eq!(rows, json!(expected));
+    assert_eq!(saved_at.len(), 3, "null means never saved");
+    let now = jiff::Timestamp::try_from(SystemTime::now()).unwrap();
+    assert!(saved_at.iter().all(|&time| (now - time).as_mins() == 0), "{saved_at:?}");
+}
+
+#[test]
+fn health_is_that_of_the_worst_projection() {
+    let (url, store) = database(1_000);
+    let head_query = ["--head-query", HEAD_QUERY];
+    let usual = Dashboard::on(&url, &head_query);
+    assert_eq!(usual.health().overall(), (200, "healthy"), "there is no projection");
+
+    store.save("orders", 1_000).unwrap();
+    let health = usual.health();
+    assert_eq!(health.overall(), (200, "healthy"));
+    assert_eq!(health.of("orders"), ("healthy", "projection up to date"));
+
+    store.save("customers", 958).unwrap();
+    let health = usual.health();
+    assert_eq!(health.overall(), (200, "degraded"));
+    assert_eq!(health.of("customers"), ("degraded", "projection lagging: 42 events"));
+    assert_eq!(health.of("orders"), ("healthy", "projection up to date"));
+
+    store.save("invoices", 0).unwrap();
+    let health = usual.health();
+    assert_eq!(health.overall(), (503, "unhealthy"));
+    let critical = ("unhealthy", "projection critically lagging: 1000 events");
+    assert_eq!(health.of("invoices"), critical);
+
+    store.delete("invoices").unwrap();
+    store.save("orders", 1_003).unwrap();
+    let health = usual.health();
+    assert_eq!(health.overall(), (503, "unhealthy"));
+    assert_eq!(health.of("orders"), ("unhealthy", "projection ahead of the stream head: 3 events"));
+    store.save("orders", 1_000).unwrap();
+    assert_eq!(usual.health().overall(), (200, "degraded"));
+
+    let strict = Dashboard::on(&url, &[&head_query[..], &["--critical-lag", "42"]].concat());
+    let health = strict.health();
+    assert_eq!(health.overall(), (503, "unhealthy"));
+    assert_eq!(health.of("customers"), ("unhealthy", "projection critically lagging: 42 events"));
+
+    let patient = Dashboard::on(&url, &[&head_query[..], &["--stalled-after", "3600"]].concat());
+    assert_eq!(patient.health().overall(), (200, "degraded"));
+    let two_hours_ago = "UPDATE projection_checkpoints SET updated_at = now() - interval '2 hours'";
+    client(&url).batch_execute(two_hours_ago).unwrap();
+    let health = patient.health();
+    assert_eq!(health.overall(), (503, "unhealthy"));
+    let (level, reason) = health.of("customers");
+    assert_eq!(level, "unhealthy");
+    assert!(reason.starts_with("projection stalled: 42 events behind, not saved for 72"));
+    assert_eq!(health.of("orders").0, "healthy", "one that is caught up has nothing to save");
+}
+
+#[test]
+fn a_projection_that_moves_meanwhile_does_not_look_ahead_of_its_stream() {
+    let (url, store) = database(1_000);
+    store.save("orders", 1_000).unwrap();
+    let read_and_move_on = "
+        CREATE FUNCTION head_before_the_next_event() RETURNS bigint LANGUAGE plpgsql AS $$
+        DECLARE head bigint := (SELECT max(id) FROM events);
+        BEGIN
+            INSERT INTO events VALUES (head + 1);
+            UPDATE projection_checkpoints SET \"offset\" = head + 1;
+            RETURN head;
+        END $$";
+    client(&url).batch_execute(read_and_move_on).unwrap();
+    let dashboard = Dashboard::on(&url, &["--head-query", "SELECT head_before_the_next_event()"]);
+    for _ in 0..3 {
+        let health = dashboard.health();
+        assert_eq!(health.of("orders"), ("healthy", "projection up to date"));
+    }
+    assert_eq!(store.get("orders").unwrap(), 1_003);
+}
+
+#[test]
+fn routes_methods_and_headers() {
+    let dashboard = Dashboard::demo(&[]);
+    for path in ["/nothing", "/health/", "/api", "//", "/index.html", "/../etc/passwd"] {
+        assert_eq!(dashboard.get(path).status, 404, "{path}");
+    }
+    assert_eq!(request(dashboard.address, "POST", "/nothing").status, 404);
+    for path in ["/", CHECKPOINTS, "/health"] {
+        for method in ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"] {
+            let answer = request(dashboard.address, method, path);
+            let allow = answer.headers.get("allow").map(String::as_str);
+            assert_eq!((answer.status, allow), (405, Some("GET, HEAD")), "{method} {path}");
+        }
+        let get = dashboard.get(&format!("{path}?refresh=1"));
+        let head = request(dashboard.address, "HEAD", path);
+        assert_eq!((head.status, head.body.as_str()), (get.status, ""), "{path}");
+        assert_eq!(head.headers["content-type"], get.headers["content-type"]);
+        assert!(!get.body.is_empty() && head.headers["content-length"] != "0");
+        assert_eq!(get.headers["cache-control"], "no-store");
+        assert_eq!(get.headers["x-content-type-options"], "nosniff");
+    }
+
+    let [first, second] = [dashboard.get("/"), dashboard.get("/")];
+    assert_eq!(first.status, 200);
+    assert_eq!(first.headers["content-type"], "text/html; charset=utf-8");
+    let policy = &first.headers["content-security-policy"];
+    assert!(policy.starts_with("default-src 'none'; script-src 'nonce-"), "{policy}");
+    assert!(!policy.contains("unsafe"), "{policy}");
+    assert_ne!(policy, &second.headers["content-security-policy"], "a nonce is used once");
+}
+
+#[test]
+fn the_demo_has_a_projection_in_every_state_of_health() {
+    let demo = Dashboard::demo(&[]);
+    let health = demo.health();
+    assert_eq!(health.overall(), (503, "unhealthy"));
+    let levels: Vec<_> = health.projections.values().map(|(level, _)| level.as_str()).collect();
+    for level in ["healthy", "degraded", "unhealthy"] {
+        assert!(levels.contains(&level), "{levels:?}");
+    }
+    let head = || demo.get(CHECKPOINTS).json()[0]["streamHead"].as_i64();
+    let before = head();
+    wait_until("the stream grows", || head() > before);
+}
+
+#[test]
+fn the_head_may_be_any_query_of_one_value() {
+    let (url, store) = database(7);
+    store.save("orders", 0).unwrap();
+    for (query, head) in [
+        ("SELECT max(id) FROM events;", 7),
+        ("SELECT max(id) FROM events -- the last one", 7),
+        ("SELECT 7::smallint", 7),
+        ("SELECT sum(id) FROM events", 28),
+        ("WITH last AS (SELECT max(id) AS id FROM events) TABLE last", 7),
+        ("SELECT max(id) FROM events WHERE id > 100", 0),
+        ("SELECT id FROM events WHERE id > 100", 0),
+    ] {
+        let dashboard = Dashboard::on(&url, &["--head-query", query]);
+        assert_eq!(dashboard.get(CHECKPOINTS).json()[0]["streamHead"], head, "{query}");
+    }
+}
+
+#[test]
+fn a_head_query_that_fails_is_a_503_that_says_why() {
+    let (url, store) = database(7);
+    store.save("orders", 7).unwrap();
+    for (query, why) in [
+        ("SELECT max(id) FROM no_such_table", r#"relation "no_such_table" does not exist"#),
+        ("SELECT id FROM events", "more than one row"),
+        ("SELECT 1, 2", "subquery must return only one column"),
+        ("SELECT 'many'", "bigint"),
+        ("DELETE FROM events", "syntax error"),
+        ("", "syntax error"),
+    ] {
+        let dashboard = Dashboard::on(&url, &["--head-query", query]);
+        for path in [CHECKPOINTS, "/health"] {
+            let error = dashboard.get(path).error();
+            assert!(error.starts_with("head query failed: ") && error.contains(why), "{error}");
+        }
+        assert_eq!(dashboard.get("/").status, 200);
+    }
+}
+
+#[test]
+fn a_store_that_is_down_is_a_503_without_secrets_until_it_is_back() {
+    let server = Server::start(Options { password: Some("hunter2".to_owned()), ..Options::fast() });
+    let url = server.url("postgres").replace("postgres@", "postgres:hunter2@");
+    let store = prepare(&url, 42);
+    store.save("orders", 40).unwrap();
+    let dashboard = Dashboard::on(&url, &["--head-query", HEAD_QUERY]);
+    assert_eq!(dashboard.health().overall(), (200, "degraded"));
+
+    server.stop();
+    let early = Dashboard::on(&url, &["--head-query", HEAD_QUERY]);
+    let refuses = |dashboard: &Dashboard| {
+        for path in [CHECKPOINTS, "/health"] {
+            let asked = Instant::now();
+            let answer = dashboard.get(path);
+            assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+            let error = answer.error();
+            assert!(error.starts_with("the checkpoint store is not available"), "{error}");
+            assert!(error.contains("Connection refused"), "{error}");
+            for secret in ["hunter2", "postgres://", "password", url.as_str()] {
+                assert!(!answer.body.contains(secret), "{error}");
+            }
+        }
+        assert_eq!(dashboard.get("/").status, 200, "the page is there to say so");
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| refuses(&early));
+        refuses(&dashboard);
+    });
+
+    server.restart();
+    for dashboard in [&dashboard, &early] {
+        wait_until("the store is back", || dashboard.get("/health").status == 200);
+        assert_eq!(dashboard.health().overall(), (200, "degraded"));
+    }
+
+    let wrong = url.replace("hunter2", "hunter3");
+    let error = Dashboard::on(&wrong, &["--head-query", HEAD_QUERY]).get("/health").error();
+    assert!(error.contains("authentication failed") && !error.contains("hunter"), "{error}");
+}
+
+#[test]
+fn a_slow_database_holds_up_neither_the_page_nor_the_news() {
+    let (url, _store) = database(7);
+    let dashboard = Dashboard::on(&url, &["--head-query", HEAD_QUERY]);
+    let mut blocker = client(&url);
+    let mut lock = blocker.transaction().unwrap();
+    lock.batch_execute("LOCK TABLE projection_checkpoints").unwrap();
+    thread::scope(|scope| {
+        let waiting: Vec<_> = (0..20)
+            .map(|_| {
+                scope.spawn(|| {
+                    let asked = Instant::now();
+                    (dashboard.get("/health").status, asked.elapsed())
+                })
+            })
+            .collect();
+        wait_until("requests hang in the database", || {
+            let hanging = "SELECT count(*) FROM pg_stat_activity
+                           WHERE datname = current_database() AND wait_event_type = 'Lock'";
+            client(&url).query_one(hanging, &[]).unwrap().get::<_, i64>(0) >= 4
+        });
+        let asked = Instant::now();
+        assert_eq!(dashboard.get("/").status, 200);
+        assert!(asked.elapsed() < Duration::from_secs(2), "{:?}", asked.elapsed());
+        wait_until("those that got no connection are told so", || {
+            waiting.iter().filter(|request| request.is_finished()).count() == 16
+        });
+        lock.rollback().unwrap();
+        let answers: Vec<_> = waiting.into_iter().map(|request| request.join().unwrap()).collect();
+        let refused = answers.iter().filter(|(status, _)| *status == 503);
+        assert_eq!(refused.clone().count(), 16);
+        assert!(refused.clone().all(|(_, took)| *took < Duration::from_secs(10)), "{answers:?}");
+    });
+    assert_eq!(dashboard.get("/health").status, 200);
+}
+
+#[test]
+fn check_answers_each_route_once_and_ends() {
+    let (code, stdout, stderr) = run(example().arg("--check"));
+    assert_eq!((code, stderr.as_str()), (Some(0), ""), "{stdout}");
+    for expected in ["GET / 200, ", "GET /api/projections/checkpoints 200\n[{", "GET /health 503"] {
+        assert!(stdout.contains(expected), "{stdout}");
+    }
+
+    let (url, _store) = database(7);
+    let on_database = |url: &str| {
+        run(example().env("DATABASE_URL", url).args(["--check", "--head-query", HEAD_QUERY]))
+    };
+    let (code, stdout, _) = on_database(&url);
+    assert_eq!(code, Some(0), "{stdout}");
+    assert!(stdout.contains(r#""level":"healthy""#), "{stdout}");
+
+    let (code, stdout, stderr) = on_database(&fresh_database());
+    assert_eq!(code, Some(1), "a database without the table is no success: {stdout}");
+    assert!(stdout.contains(r#"\"public.projection_checkpoints\" does not exist"#), "{stdout}");
+    assert!(stderr.contains("GET /api/projections/checkpoints answered 503"), "{stderr}");
+}
+
+#[test]
+fn ctrl_c_ends_it_with_exit_code_0() {
+    let mut dashboard = Dashboard::demo(&[]);
+    assert_eq!(dashboard.get("/").status, 200);
+    signal(&dashboard.process, Signal::INT);
+    let mut ended = None;
+    wait_until("it ends", || {
+        ended = dashboard.process.try_wait().unwrap();
+        ended.is_some()
+    });
+    assert_eq!(ended.and_then(|status| status.code()), Some(0));
+}
+
+#[test]
+fn a_command_line_that_makes_no_sense_is_exit_code_2() {
+    for (arguments, why) in [
+        (&["--colour"][..], "unknown argument \"--colour\""),
+        (&["--listen"], "--listen needs a value"),
+        (&["--listen", "everywhere"], "--listen \"everywhere\": invalid socket address"),
+        (&["--critical-lag", "0"], "not above 0"),
+        (&["--critical-lag", "many"], "invalid digit"),
+        (&["--stalled-after", "-1"], "not above 0"),
+        (&["--projection", ""], "invalid projection name"),
+        (&["--head-query", "SELECT 1"], "--head-query needs DATABASE_URL"),
+    ] {
+        let (code, stdout, stderr) = run(example().args(arguments));
+        assert_eq!((code, stdout.as_str()), (Some(2), ""), "{arguments:?}");
+        assert!(stderr.contains(why) && stderr.contains("Usage:"), "{stderr}");
+    }
+    let (code, _, stderr) = run(example().env("DATABASE_URL", "host=localhost user=app"));
+    assert_eq!(code, Some(2));
+    assert!(stderr.contains("DATABASE_URL needs --head-query"), "{stderr}");
+
+    let broken = "host=localhost port=many password='hunter2 and more'";
+    let (code, _, stderr) =
+        run(example().env("DATABASE_URL", broken).args(["--head-query", HEAD_QUERY]));
+    assert_eq!(code, Some(2));
+    assert!(stderr.contains("DATABASE_URL cannot be read") && !stderr.contains("hunter"));
+
+    let (code, stdout, stderr) = run(example().arg("--help"));
+    assert_eq!((code, stderr.as_str()), (Some(0), ""));
+    assert!(stdout.contains("--head-query SQL"), "{stdout}");
+}
+
+#[test]
+fn a_port_that_is_taken_is_exit_code_1() {
+    let taken = Dashboard::demo(&[]);
+    let address = taken.address.to_string();
+    let (code, _, stderr) = run(example().args(["--listen", &address]));
+    assert_eq!(code, Some(1));
+    assert!(stderr.contains(&format!("cannot listen on {address}")), "{stderr}");
+}
+
+/// The rendered table, a row an array: name, reason, health, percent, lag, last save.
+const TABLE: &str = "[...document.querySelectorAll('tbody tr')].map(row =>
+    ['.name', '.reason', '.mark', '.percent', '.lag', 'time'].map(cell =>
+        row.querySelector(cell).innerText.replaceAll('\\u00a0', ' ')))";
+const OVERALL: &str = "document.querySelector('#overall')?.innerText";
+/// What the page says of a trouble, if it says anything.
+const TROUBLE: &str = "[...document.querySelectorAll('#trouble:not([hidden])')]
+    .map(trouble => trouble.innerText)[0] ?? null";
+
+#[test]
+fn the_page_shows_each_projection_and_recovers_from_every_trouble() {
+    let server = Server::start(Options::fast());
+    let url = server.url("postgres");
+    let store = prepare(&url, 12_000);
+    let mut dashboard =
+        Dashboard::on(&url, &["--head-query", HEAD_QUERY, "--projection", "never saved"]);
+    let mut page = Page::open(&dashboard.url());
+    let told = |page: &mut Page, what: &str| {
+        wait_until(what, || page.evaluate(TROUBLE).as_str().is_some_and(|it| it.contains(what)));
+    };
+    let level = |page: &mut Page, what: &str| {
+        wait_until(what, || page.evaluate(OVERALL) == what);
+        assert_eq!(page.evaluate(TROUBLE), Value::Null);
+    };
+
+    level(&mut page, "Unhealthy");
+    store.save_many(&[("orders", 12_000), (SCRIPT, 11_958), ("restored", 12_250)]).unwrap();
+    let aged = "UPDATE projection_checkpoints SET updated_at = now() - interval '3 days 5 hours'";
+    client(&url).batch_execute(aged).unwrap();
+    wait_until("all rows are there", || page.evaluate(TABLE).as_array().unwrap().len() == 4);
+    assert_eq!(
+        page.evaluate(TABLE),
+        json!([
+            [
+                "never saved",
+                "Critically lagging: 12,000 events",
+                "Unhealthy",
+                "0.0 %",
+                "12,000",
+                "never"
+            ],
+            [
+                "restored",
+                "Ahead of the stream head: 250 events",
+                "Unhealthy",
+                "102.0 %",
+                "-250",
+                "3 d ago"
+            ],
+            [SCRIPT, "Lagging: 42 events", "Degraded", "99.6 %", "42", "3 d ago"],
+            ["orders", "Up to date", "Healthy", "100.0 %", "0", "3 d ago"],
+        ])
+    );
+    assert_eq!(page.evaluate("document.title"), "Unhealthy · Projections", "no name was run");
+    assert_eq!(page.evaluate("document.querySelectorAll('main script').length"), 0);
+    let colours = "new Set([...document.querySelectorAll('tbody .mark')].map(mark =>
+        getComputedStyle(mark).color)).size";
+    assert_eq!(page.evaluate(colours), 3, "a colour a level");
+    let width = "document.querySelector('tbody tr:last-child .fill').style.width";
+    assert_eq!(page.evaluate(width), "100%");
+
+    page.resize(320);
+    let too_wide = "[...document.querySelectorAll('html, #board')]
+        .filter(element => element.scrollWidth > element.clientWidth).length";
+    assert_eq!(page.evaluate(too_wide), 0, "a phone need not scroll sideways");
+
+    server.stop();
+    told(&mut page, "The checkpoint store cannot be read");
+    assert_eq!(page.evaluate(OVERALL), "Unknown");
+    assert_eq!(page.evaluate(TABLE).as_array().unwrap().len(), 4, "what was known stays");
+    server.restart();
+    level(&mut page, "Unhealthy");
+
+    let address = dashboard.address.to_string();
+    drop(dashboard);
+    told(&mut page, "The dashboard cannot be reached");
+    store.delete("restored").unwrap();
+    dashboard = Dashboard::start(example().env("DATABASE_URL", &url).args([
+        "--listen",
+        &address,
+        "--head-query",
+        HEAD_QUERY,
+    ]));
+    level(&mut page, "Degraded");
+    let names = "[...document.querySelectorAll('tbody .name')].map(name => name.textContent)";
+    assert_eq!(page.evaluate(names), json!([SCRIPT, "orders"]));
+
+    store.delete("orders").unwrap();
+    store.delete(SCRIPT).unwrap();
+    level(&mut page, "Healthy");
+    let text = page.evaluate("document.querySelector('#board').innerText");
+    assert_eq!(text, "No projection has saved a checkpoint yet.");
+    assert_eq!(dashboard.health().overall(), (200, "healthy"));
+}

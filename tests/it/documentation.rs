@@ -1,0 +1,159 @@
+//! What the documents say, tried: their SQL runs, and the remedy for gaps is one.
+
+use std::fs;
+use std::path::Path;
+
+use checkpoint_store::{CheckpointStore, PostgresCheckpointStore};
+
+use crate::harness;
+
+/// The fenced blocks of a language, in the order in which they stand.
+fn blocks(text: &str, language: &str) -> Vec<String> {
+    let mut blocks = Vec::new();
+    let mut lines = text.lines();
+    while let Some(line) = lines.next() {
+        let info = line.strip_prefix("```").unwrap_or_default();
+        if info.split_whitespace().next() == Some(language) {
+            let block: Vec<_> = lines.by_ref().take_while(|line| *line != "```").collect();
+            blocks.push(block.join("\n"));
+        }
+    }
+    blocks
+}
+
+const README: &str = include_str!("../../README.md");
+
+#[test]
+fn the_sql_of_the_readme_runs_and_its_grants_are_enough() {
+    let database = harness::fresh_database();
+    let mut admin = harness::client(&database);
+    admin
+        .batch_execute("DROP ROLE IF EXISTS app; CREATE ROLE app LOGIN; REVOKE ALL ON SCHEMA public FROM PUBLIC")
+        .unwrap();
+    let mut sql = blocks(README, "sql");
+    sql.sort_by_key(|block| !block.contains("CREATE TABLE"));
+    assert_eq!(sql.len(), 3);
+    for block in sql {
+        admin.batch_execute(&block).unwrap();
+    }
+    let store = PostgresCheckpointStore::connect(&database.replace("postgres@", "app@")).unwrap();
+    store.migrate().unwrap();
+    checkpoint_store::conformance::verify(&store);
+    let mut client = store.pool().get().unwrap();
+    let mut tx = client.transaction().unwrap();
+    store.in_transaction(&mut tx).lock("orders").unwrap();
+    store.in_transaction(&mut tx).save("orders", 1).unwrap();
+    tx.commit().unwrap();
+    assert_eq!(store.get("orders").unwrap(), 1);
+}
+
+#[test]
+fn the_remedy_for_gaps_waits_for_the_event_that_commits_late() {
+    let docs: String = include_str!("../../src/lib.rs")
+        .lines()
+        .filter_map(|line| line.strip_prefix("//!"))
+        .map(|line| line.strip_prefix(' ').unwrap_or(line))
+        .collect::<Vec<_>>()
+        .join("\n");
+    let sql = blocks(&docs, "sql").remove(0);
+    let (table, query) = sql.split_once("-- the next events").unwrap();
+    let (_, query) = query.split_once('\n').unwrap();
+
+    let database = harness::fresh_database();
+    let mut reader = harness::client(&database);
+    reader.batch_execute(table).unwrap();
+    let mut next = |after: i64| -> Vec<i64> {
+        reader.query(query, &[&after]).unwrap().iter().map(|row| row.get("id")).collect()
+    };
+    let append = "INSERT INTO events (payload) VALUES ('{}')";
+    let (mut slow, mut quick) = (harness::client(&database), harness::client(&database));
+    let mut late = slow.transaction().unwrap();
+    late.execute(append, &[]).unwrap();
+    quick.execute(append, &[]).unwrap();
+    assert!(next(0).is_empty(), "event 2 is there, event 1 is not: nothing is safe to read");
+    late.commit().unwrap();
+    assert_eq!(next(0), [1, 2]);
+    assert_eq!(next(1), [2]);
+}
+
+/// Every public item as it is declared, without its documentation. The lint `unreachable_pub` keeps
+/// `pub` from standing on anything else.
+fn face(folder: &Path, face: &mut Vec<String>) {
+    let mut paths: Vec<_> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+    paths.sort();
+    for path in paths {
+        if path.is_dir() {
+            self::face(&path, face);
+            continue;
+        }
+        let source = fs::read_to_string(&path).unwrap();
+        let mut lines = source.lines().filter(|line| !line.trim_start().starts_with("//"));
+        while let Some(line) = lines.next() {
+            let item = line.trim_start();
+            if item.starts_with("impl") && !line.starts_with(' ') {
+                face.push(item.trim_end_matches(" {").to_owned());
+            }
+            if !item.starts_with("pub ") {
+                continue;
+            }
+            let indent = &line[..line.len() - item.len()];
+            let whole = ["pub trait", "pub enum", "pub struct", "pub use"];
+            let end = |line: &str| {
+                if whole.iter().any(|kind| item.starts_with(kind)) {
+                    line.ends_with(';') || line == format!("{indent}}}")
+                } else {
+                    line.ends_with([';', '{', ',']) && !line.ends_with("(,")
+                }
+            };
+            let mut declaration = vec![line];
+            while !end(declaration[declaration.len() - 1]) || unclosed(&declaration) {
+                declaration.push(lines.next().unwrap());
+            }
+            if item.starts_with("pub struct") {
+                declaration.retain(|line| !line.starts_with("    ") || line.contains("pub "));
+            }
+            face.push(declaration.join("\n").trim_end_matches([' ', '{']).to_owned());
+        }
+    }
+}
+
+fn unclosed(declaration: &[&str]) -> bool {
+    let count =
+        |c: char| declaration.iter().flat_map(|line| line.chars()).filter(|x| *x == c).count();
+    count('(') != count(')')
+}
+
+#[test]
+fn the_public_face_is_the_recorded_one() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut items = Vec::new();
+    face(&root.join("src"), &mut items);
+    let of_public_type = |item: &String| {
+        let Some(implemented) = item.strip_prefix("impl") else { return true };
+        let of = implemented.rsplit(" for ").next().unwrap_or(implemented);
+        let name = of.rsplit("> ").next().unwrap_or(of).trim();
+        let name = name.split(['<', '{', ' ']).next().unwrap_or(name);
+        let kinds = ["pub struct", "pub enum", "pub trait"];
+        kinds.iter().any(|kind| {
+            items.iter().any(|item| {
+                let declared = item.strip_prefix(kind).map_or("", str::trim_start);
+                declared.split([' ', '<', ':', ';', '\n']).next() == Some(name)
+            })
+        })
+    };
+    let found: Vec<_> = items.iter().filter(|item| of_public_type(item)).cloned().collect();
+    let found = found.join("\n") + "\n";
+    let recorded_at = root.join("tests/public-face.txt");
+    if std::env::var_os("CHECKPOINT_STORE_RECORD_FACE").is_some() {
+        fs::write(&recorded_at, &found).unwrap();
+    }
+    let recorded = fs::read_to_string(&recorded_at).unwrap_or_default();
+    for (found, recorded) in found.lines().zip(recorded.lines()) {
+        assert_eq!(found, recorded, "the face has changed: is that meant?");
+    }
+    assert_eq!(
+        found.lines().count(),
+        recorded.lines().count(),
+        "the face has changed; if that is meant, run this test with CHECKPOINT_STORE_RECORD_FACE=1"
+    );
+}
