@@ -76,6 +76,78 @@ impl fmt::Display for Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    /// Reads one quoted identifier as the server's scanner does: from a quote to the next one that
+    /// is not doubled, and a doubled one stands for itself. Nothing else means anything in there.
+    fn scan(sql: &str) -> Option<(String, &str)> {
+        let mut identifier = String::new();
+        let mut rest = sql.strip_prefix('"')?;
+        loop {
+            let (before, after) = rest.split_once('"')?;
+            identifier.push_str(before);
+            match after.strip_prefix('"') {
+                Some(after_both) => {
+                    identifier.push('"');
+                    rest = after_both;
+                }
+                None => return Some((identifier, after)),
+            }
+        }
+    }
+
+    fn hostile() -> impl Strategy<Value = String> {
+        let tricky = [
+            "\"",
+            "\"\"",
+            "'",
+            ".",
+            ";",
+            "--",
+            "/*",
+            "\\",
+            "$$",
+            "\n",
+            "\0",
+            "a",
+            "public",
+            "public.projection_checkpoints",
+        ];
+        let part = prop_oneof![
+            4 => prop::sample::select(tricky.to_vec()).prop_map(ToOwned::to_owned),
+            1 => any::<char>().prop_map(String::from),
+        ];
+        prop::collection::vec(part, 0..8).prop_map(|parts| parts.concat())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: 5_000,
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
+        #[test]
+        fn whatever_is_quoted_is_read_back_and_ends_where_it_ends(
+            schema in hostile(),
+            table in hostile(),
+            behind in hostile(),
+        ) {
+            let Ok(rendered) = Table::new(&schema, &table) else {
+                let bad = |name: &str| !(1..=63).contains(&name.len()) || name.contains('\0');
+                prop_assert!(bad(&schema) || bad(&table));
+                return Ok(());
+            };
+            let behind = behind.replace("public", "");
+            let sql = rendered.render(&format!("FROM public.projection_checkpoints {behind}"));
+            let quoted = sql.strip_prefix("FROM ").ok_or_else(|| TestCaseError::fail("FROM"))?;
+            let read = scan(quoted).and_then(|(first, rest)| {
+                let (second, rest) = scan(rest.strip_prefix('.')?)?;
+                Some((first, second, rest.to_owned()))
+            });
+            prop_assert_eq!(read, Some((schema, table, format!(" {behind}"))));
+        }
+    }
 
     #[test]
     fn quotes_are_doubled_and_nothing_else_is_touched() -> Result<()> {
