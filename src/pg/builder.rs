@@ -1,5 +1,6 @@
 use std::error::Error as StdError;
 use std::fmt;
+use std::thread;
 use std::time::Duration;
 
 use postgres::tls::{MakeTlsConnect, TlsConnect};
@@ -269,7 +270,13 @@ impl PostgresCheckpointStoreBuilder {
             let pool = pool.build_unchecked(manager);
             // Not to wait, but to make the pool open its first connection.
             drop(pool.get_timeout(Duration::ZERO));
-            watch.first_attempt(PATIENCE).map(|()| (pool, watch))
+            watch.first_attempt(PATIENCE)?;
+            // r2d2 tells of a connection a moment before it is there to be taken; whoever asks in
+            // between would make it open a second one.
+            while pool.state().connections == 0 {
+                thread::yield_now();
+            }
+            Ok((pool, watch))
         };
         let (pool, watch) =
             open(self.max_connections).map_err(|cause| no_connection("connect", &server, cause))?;
