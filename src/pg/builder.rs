@@ -10,7 +10,7 @@ use r2d2_postgres::PostgresConnectionManager;
 
 use super::failure::{failure, no_connection};
 use super::identifier::Table;
-use super::pool::{ConnectWatch, PATIENCE, POOL_TIMEOUT, bound_network_waits};
+use super::pool::{ConnectWatch, NoConnection, PATIENCE, POOL_TIMEOUT, bound_network_waits};
 use super::{Options, PostgresCheckpointStore};
 use crate::{Error, Result};
 
@@ -276,7 +276,7 @@ impl PostgresCheckpointStoreBuilder {
             while pool.state().connections == 0 {
                 thread::yield_now();
             }
-            Ok((pool, watch))
+            Ok::<_, NoConnection>((pool, watch))
         };
         let (pool, watch) =
             open(self.max_connections).map_err(|cause| no_connection("connect", &server, cause))?;
