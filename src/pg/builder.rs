@@ -1,7 +1,7 @@
 use std::error::Error as StdError;
 use std::fmt;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::{Client, Config, NoTls, Socket};
@@ -10,7 +10,7 @@ use r2d2_postgres::PostgresConnectionManager;
 
 use super::failure::{failure, no_connection};
 use super::identifier::Table;
-use super::pool::{ConnectWatch, NoConnection, PATIENCE, POOL_TIMEOUT, bound_network_waits};
+use super::pool::{ConnectWatch, NoConnection, PATIENCE, POOL_TIMEOUT, bound_network_waits, take};
 use super::{Options, PostgresCheckpointStore};
 use crate::{Error, Result};
 
@@ -329,7 +329,7 @@ fn shared_session_is_refused<M: ManageConnection<Connection = Client>>(
     another: impl FnOnce() -> Option<ConnectWatch>,
 ) -> Result<(), Box<dyn StdError + Send + Sync>> {
     watch.sessions_of_our_own()?;
-    let mut first = pool.get()?;
+    let mut first = take(pool, Instant::now() + PATIENCE)?;
     let _lives_on = first.prepare("SELECT")?;
     // Where no more than one connection is to be had, there is nothing to find out.
     another().map_or(Ok(()), |watch| Ok(watch.sessions_of_our_own()?))
