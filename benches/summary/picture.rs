@@ -5,6 +5,9 @@ use crate::report::{duration, thousands};
 use crate::support::{BARE_PREPARED, BARE_TYPED, BY_HAND, GROUPED, OURS, PREPARED, ROUND_TRIP};
 use crate::{GROUPED_PREPARED, PGBENCH, threads_word};
 
+/// A name and how much it is.
+type Bar = (String, f64);
+
 const WIDTH: f64 = 760.0;
 const BAR: f64 = 20.0;
 const STEP: f64 = 28.0;
@@ -16,20 +19,26 @@ const LONGEST: f64 = 450.0;
 pub(crate) fn draw(saves: &Measured, threads: &[(usize, Measured)]) -> String {
     let mut chart = Chart { svg: String::new(), y: 0.0 };
     chart.title("One durable save, median; shorter is better");
-    let bars: Vec<_> = [BY_HAND, OURS, BARE_TYPED, PREPARED, BARE_PREPARED, ROUND_TRIP]
+    let bars: Vec<Bar> = [BY_HAND, OURS, BARE_TYPED, PREPARED, BARE_PREPARED, ROUND_TRIP]
         .iter()
-        .map(|name| (*name, saves.seconds(name)))
+        .map(|&name| (name.to_owned(), saves.seconds(name)))
         .collect();
     chart.bars(&bars, largest(&bars), duration);
 
     chart.title("Durable saves a second by threads on 8 connections; longer is better");
-    let groups: Vec<(usize, Vec<_>)> = threads
+    let groups: Vec<(usize, Vec<Bar>)> = threads
         .iter()
         .map(|(count, measured)| {
             let bars = [OURS, PREPARED, GROUPED, GROUPED_PREPARED, PGBENCH]
-                .iter()
+                .into_iter()
                 .filter(|name| measured.has(name))
-                .map(|name| (*name, *count as f64 / measured.seconds(name)))
+                .map(|name| {
+                    let rate = *count as f64 / measured.seconds(name);
+                    match name {
+                        PGBENCH => (format!("{name}, {count} connections"), rate),
+                        ours => (ours.to_owned(), rate),
+                    }
+                })
                 .collect();
             (*count, bars)
         })
@@ -42,7 +51,7 @@ pub(crate) fn draw(saves: &Measured, threads: &[(usize, Measured)]) -> String {
     chart.finish()
 }
 
-fn largest(bars: &[(&str, f64)]) -> f64 {
+fn largest(bars: &[Bar]) -> f64 {
     bars.iter().map(|bar| bar.1).fold(0.0, f64::max)
 }
 
@@ -64,8 +73,8 @@ impl Chart {
         self.y += 8.0;
     }
 
-    fn bars(&mut self, bars: &[(&str, f64)], full: f64, label: impl Fn(f64) -> String) {
-        for &(name, value) in bars {
+    fn bars(&mut self, bars: &[Bar], full: f64, label: impl Fn(f64) -> String) {
+        for (name, value) in bars {
             let class = if name.starts_with(OURS) { "ours" } else { "other" };
             let length = LONGEST * value / full;
             let middle = self.y + BAR * 0.75;
@@ -75,7 +84,7 @@ impl Chart {
                 self.y
             );
             self.line(&format!(r#"<rect class="{class}" {bar}/>"#));
-            self.text("value", LEFT + length + 8.0, middle, &label(value));
+            self.text("value", LEFT + length + 8.0, middle, &label(*value));
             self.y += STEP;
         }
     }
