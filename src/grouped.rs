@@ -4,8 +4,12 @@ use std::sync::{Arc, OnceLock, PoisonError};
 
 #[cfg(test)]
 use loom::sync::{Condvar, Mutex, MutexGuard};
+#[cfg(test)]
+use loom::thread::yield_now;
 #[cfg(not(test))]
 use std::sync::{Condvar, Mutex, MutexGuard};
+#[cfg(not(test))]
+use std::thread::yield_now;
 
 use crate::checkpoint::{validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
@@ -15,8 +19,8 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 /// of the database's log.
 ///
 /// There is no thread and no timer in it. A save that finds nobody at work is done at once, as
-/// without it. Those that come meanwhile wait as a group, and when it is done the first of them
-/// does the work for all.
+/// without it. Those that come meanwhile wait as a group, and when it is done one of them does the
+/// work for all; right after a group it first gives way to whoever can run and wants to join.
 ///
 /// * A call returns only when its own offset is durable, or a later one of the same projection
 ///   that waited with it: of two that wait, the one that came later is stored.
@@ -56,6 +60,9 @@ pub struct GroupedCheckpointStore<S> {
 struct Queue {
     /// Whether some thread is saving.
     busy: bool,
+    /// Whether the last save was for a group. Those whom it has just woken come again at once, so
+    /// the next one lets them run first: otherwise every other group would be of one.
+    crowded: bool,
     /// What the waiting group is to save, in the order in which it came.
     waiting: Vec<(String, i64)>,
     group: Arc<Group>,
@@ -86,13 +93,26 @@ impl<S: CheckpointStore> GroupedCheckpointStore<S> {
     /// let store = GroupedCheckpointStore::new(MemoryCheckpointStore::new());
     /// ```
     pub fn new(store: S) -> Self {
-        let queue = Queue { busy: false, waiting: Vec::new(), group: Group::new() };
+        let queue = Queue { busy: false, crowded: false, waiting: Vec::new(), group: Group::new() };
         Self { store, queue: Mutex::new(queue) }
     }
 
     /// Nothing panics between two changes of the queue, so a poisoned one is still whole.
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives way until nobody joins any more: no longer than it takes those who can run to do so.
+    fn let_others_join<'a>(&'a self, mut queue: MutexGuard<'a, Queue>) -> MutexGuard<'a, Queue> {
+        loop {
+            let joined = queue.waiting.len();
+            drop(queue);
+            yield_now();
+            queue = self.queue();
+            if queue.waiting.len() == joined {
+                return queue;
+            }
+        }
     }
 
     /// Saves through `alone` when nobody is at work, and with the waiting group otherwise.
@@ -102,7 +122,7 @@ impl<S: CheckpointStore> GroupedCheckpointStore<S> {
         alone: impl FnOnce(&S) -> Result<()>,
     ) -> Result<()> {
         let mut queue = self.queue();
-        if !queue.busy && queue.waiting.is_empty() {
+        if !queue.busy && !queue.crowded && queue.waiting.is_empty() {
             queue.busy = true;
             drop(queue);
             let _turn = Turn { queue: &self.queue, group: None };
@@ -121,8 +141,12 @@ impl<S: CheckpointStore> GroupedCheckpointStore<S> {
             queue = group.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
         queue.busy = true;
-        queue.group = Group::new();
+        if queue.crowded {
+            queue = self.let_others_join(queue);
+        }
         let checkpoints = mem::take(&mut queue.waiting);
+        queue.crowded = checkpoints.len() > 1;
+        queue.group = Group::new();
         drop(queue);
 
         let turn = Turn { queue: &self.queue, group: Some(&group) };

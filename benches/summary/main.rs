@@ -1,7 +1,8 @@
 //! The ratios that this crate promises, as one table, and the table from which a cadence is chosen.
 //!
 //! What is compared takes turns, so that what the machine does meanwhile hits both sides alike.
-//! `cargo bench --bench summary -- --svg docs/saves.svg` draws a picture too.
+//! `cargo bench --bench summary -- --svg docs/saves.svg` draws a picture too; with names of parts,
+//! `-- threads memory` say, it measures only those.
 
 #![allow(clippy::cast_precision_loss, reason = "no number here is that large")]
 
@@ -22,8 +23,8 @@ use report::Target::{self, AtLeast, AtMost};
 use report::{print_head, print_machine, print_throughput, print_time};
 use support::{
     BARE_PREPARED, BARE_TYPED, BY_HAND, BareMap, Batches, DURABLE, GROUPED, OURS, PREPARED,
-    ROUND_TRIP, SERVERS, SavedBy, Server, SharedStores, Turns, WAYS, has_pgbench, only_a_test,
-    pgbench, scattered, times_each,
+    ROUND_TRIP, SERVERS, SavedBy, Server, SharedStores, Turns, WAYS, has_argument, has_pgbench,
+    only_a_test, pgbench, scattered, times_each,
 };
 
 fn main() {
@@ -32,32 +33,53 @@ fn main() {
     }
     print_machine();
     print_head();
-    let saves = SERVERS.map(|(durability, server)| {
-        let saves = saves(server);
-        print_saves(durability, &saves);
-        saves
+    let saves = wanted("save").then(|| {
+        SERVERS.map(|(durability, server)| {
+            let saves = saves(server);
+            print_saves(durability, &saves);
+            saves
+        })
     });
-    for (durability, server) in SERVERS {
-        transactions(durability, server);
+    if wanted("transaction") {
+        for (durability, server) in SERVERS {
+            transactions(durability, server);
+        }
     }
-    let threads = [1, 8, 32].map(|count| {
-        let measured = threads(count);
-        print_threads(count, &measured);
-        (count, measured)
+    let threads = wanted("threads").then(|| {
+        [1, 8, 32].map(|count| {
+            let measured = threads(count);
+            print_threads(count, &measured);
+            (count, measured)
+        })
     });
-    many();
-    for (durability, server) in SERVERS {
-        scale(durability, server);
+    if wanted("save_many") {
+        many();
     }
-    for threads in [1, 16] {
-        memory(threads);
+    if wanted("scale") {
+        for (durability, server) in SERVERS {
+            scale(durability, server);
+        }
     }
-    println!();
-    cadence::print_table();
-    if let Some(path) = argument_after("--svg") {
+    if wanted("memory") {
+        for threads in [1, 16] {
+            memory(threads);
+        }
+    }
+    if wanted("cadence") {
+        println!();
+        cadence::print_table();
+    }
+    if let (Some(path), Some(saves), Some(threads)) = (argument_after("--svg"), saves, threads) {
         let picture = picture::draw(&saves[0], &threads);
         std::fs::write(&path, picture).unwrap_or_else(|error| panic!("{path}: {error}"));
     }
+}
+
+/// Whether a part of the table is asked for; none named is all of them.
+fn wanted(part: &str) -> bool {
+    const PARTS: [&str; 7] =
+        ["save", "transaction", "threads", "save_many", "scale", "memory", "cadence"];
+    has_argument(part) || !PARTS.into_iter().any(has_argument)
 }
 
 fn argument_after(name: &str) -> Option<String> {
