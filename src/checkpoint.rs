@@ -69,7 +69,7 @@ pub fn validate_projection(name: &str) -> Result<()> {
         "it is empty"
     } else if name.len() > MAX_NAME_BYTES {
         "it is longer than 1,024 bytes"
-    } else if name.contains('\0') {
+    } else if name.as_bytes().contains(&0) {
         "it contains a NUL character"
     } else {
         return Ok(());
