@@ -9,7 +9,7 @@ use crate::support::{CADENCES, DURABLE, handle_event, store};
 pub(crate) fn benchmark(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("cadence/durable");
     group.throughput(Throughput::Elements(1));
-    for (name, cadence) in CADENCES {
+    for (name, cadence, _) in CADENCES {
         let mut checkpointer = None;
         group.bench_function(name, |bencher| {
             let checkpointer = checkpointer.get_or_insert_with(|| {

@@ -11,8 +11,8 @@ pub(crate) fn print_table() {
     println!("| Cadence, durable | Events a second | Replayed after a crash, median | At most |");
     println!("|---|---:|---:|---:|");
     let store = store(&DURABLE);
-    for (name, cadence) in CADENCES {
-        let Runs { rate, replayed } = run_and_crash(&store, name, cadence);
+    for (name, cadence, every) in CADENCES {
+        let Runs { rate, replayed } = run_and_crash(&store, name, cadence, every);
         let most = replayed.iter().copied().fold(0.0, f64::max);
         println!(
             "| {name} | {} | {} | {} |",
@@ -22,7 +22,9 @@ pub(crate) fn print_table() {
         );
     }
     println!();
-    println!("An event takes 10 µs besides.");
+    println!(
+        "An event takes 10 µs besides. The one that a crash interrupts is among the replayed."
+    );
 }
 
 struct Runs {
@@ -30,30 +32,45 @@ struct Runs {
     replayed: Vec<f64>,
 }
 
-/// A loop that crashes again and again, each time at another moment, and goes on where its
-/// checkpoint says.
-fn run_and_crash(store: &PostgresCheckpointStore, name: &str, cadence: Cadence) -> Runs {
-    let timed = cadence == Cadence::within(Duration::from_secs(5));
-    let (crashes, longest) = match (only_a_test(), timed) {
-        (true, _) => (2, Duration::from_millis(4)),
-        (false, true) => (4, Duration::from_secs(10)),
-        (false, false) => (100, Duration::from_millis(100)),
+/// A loop that crashes again and again, each time while it handles another event, and goes on where
+/// its checkpoint says.
+fn run_and_crash(
+    store: &PostgresCheckpointStore,
+    name: &str,
+    cadence: Cadence,
+    every: Option<u64>,
+) -> Runs {
+    let crashes = match every {
+        _ if only_a_test() => 2,
+        Some(_) => 100,
+        None => 4,
     };
-    let (mut events, mut busy, mut replayed) = (0, Duration::ZERO, Vec::new());
+    let (mut total, mut busy, mut replayed) = (0, Duration::ZERO, Vec::new());
     for crash in 0..crashes {
-        let lasts = longest / 2 + longest / 2 * crash / crashes;
         let mut checkpointer = Checkpointer::resume(store, name, cadence).expect("resumed");
         let begun = Instant::now();
-        while begun.elapsed() < lasts {
+        let mut events = 0;
+        while goes_on(every, crash, events, begun) {
             let offset = checkpointer.offset() + 1;
             handle_event();
             checkpointer.processed(offset).expect("saved");
             events += 1;
         }
         busy += begun.elapsed();
-        let processed = checkpointer.offset();
+        total += events;
+        let interrupted = checkpointer.offset() + 1;
         drop(checkpointer); // as a crash does: it saves nothing
-        replayed.push((processed - store.get(name).expect("read")) as f64);
+        replayed.push((interrupted - store.get(name).expect("read")) as f64);
     }
-    Runs { rate: f64::from(events) / busy.as_secs_f64(), replayed }
+    Runs { rate: total as f64 / busy.as_secs_f64(), replayed }
+}
+
+/// Not forever: to another place between two saves each time.
+fn goes_on(every: Option<u64>, crash: u32, events: u64, begun: Instant) -> bool {
+    const A_PRIME: u64 = 7_919;
+    match every {
+        Some(every) => events < 20 + every + u64::from(crash) * A_PRIME % every,
+        None if only_a_test() => begun.elapsed() < Duration::from_millis(4),
+        None => begun.elapsed() < Duration::from_millis(5_500 + u64::from(crash) * 1_300),
+    }
 }

@@ -64,19 +64,20 @@ pub(crate) fn print_throughput(
 }
 
 fn print_line(what: &str, target: Target, ratio: Spread, medians: &str) {
+    let Spread { median, low, high } = ratio;
+    let printed = (median * 100.0).round() / 100.0;
     let (target, met) = match target {
-        Target::AtLeast(least) => (format!("≥ {least}"), ratio.median >= least),
-        Target::AtMost(most) => (format!("≤ {most}"), ratio.median <= most),
+        Target::AtLeast(least) => (format!("≥ {least}"), printed >= least),
+        Target::AtMost(most) => (format!("≤ {most}"), printed <= most),
         Target::None => (String::new(), true),
     };
-    let Spread { median, low, high } = ratio;
     let mark = if met || only_a_test() { "" } else { " ✗" };
     println!("| {what} | {target} | {median:.2}{mark} | {low:.2} – {high:.2} | {medians} |");
 }
 
 pub(crate) fn duration(seconds: f64) -> String {
     match seconds {
-        ..1e-6 => format!("{:.0} ns", seconds * 1e9),
+        ..1e-5 => format!("{:.0} ns", seconds * 1e9),
         ..1e-2 => format!("{:.0} µs", seconds * 1e6),
         _ => format!("{:.0} ms", seconds * 1e3),
     }

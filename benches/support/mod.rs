@@ -96,13 +96,13 @@ pub(crate) fn scattered(turn: u64, projections: u64) -> String {
     format!("projection {}", turn * A_LARGE_PRIME % projections)
 }
 
-/// From every event to every five seconds.
-pub(crate) const CADENCES: [(&str, Cadence); 5] = [
-    ("every event", Cadence::every(1)),
-    ("every 10", Cadence::every(10)),
-    ("every 100", Cadence::every(100)),
-    ("every 1,000", Cadence::every(1_000)),
-    ("within 5 s", Cadence::within(Duration::from_secs(5))),
+/// From every event, and every so many, to every five seconds.
+pub(crate) const CADENCES: [(&str, Cadence, Option<u64>); 5] = [
+    ("every event", Cadence::every(1), Some(1)),
+    ("every 10", Cadence::every(10), Some(10)),
+    ("every 100", Cadence::every(100), Some(100)),
+    ("every 1,000", Cadence::every(1_000), Some(1_000)),
+    ("within 5 s", Cadence::within(Duration::from_secs(5)), None),
 ];
 
 /// Stands for the work that an event is, in memory: ten microseconds of it.
