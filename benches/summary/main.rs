@@ -69,8 +69,9 @@ fn main() {
         println!();
         cadence::print_table();
     }
-    if let (Some(path), Some(saves), Some(threads)) = (argument_after("--svg"), saves, threads) {
-        let picture = picture::draw(&saves[0], &threads);
+    let drawn = (argument_after("--svg"), saves, threads);
+    if let (Some(path), Some([durable, _]), Some(threads)) = drawn {
+        let picture = picture::draw(&durable, &threads);
         std::fs::write(&path, picture).unwrap_or_else(|error| panic!("{path}: {error}"));
     }
 }
