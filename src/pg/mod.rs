@@ -177,7 +177,7 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     /// DDL.
     ///
     /// The table gets a `fillfactor` of 25: room on each page for new versions of its rows, so that
-    /// more than 99.9 percent of saves are heap-only (HOT) updates and the table stays small; see
+    /// more than 99 percent of saves are heap-only (HOT) updates and the table stays small; see
     /// `benches/storage.rs`. A table that is there already is left as it is.
     ///
     /// Any number of processes may call it at once. Where the table stands already nothing is
