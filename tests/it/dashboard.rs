@@ -5,43 +5,20 @@ mod browser;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::thread;
 use std::time::{Duration, Instant, SystemTime};
-use std::{env, thread};
 
 use checkpoint_store::{CheckpointStore, PostgresCheckpointStore};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use self::browser::Page;
-use crate::harness::{Guard, Options, Server, client, fresh_database, signal, wait_until};
+use crate::harness::{Guard, Options, Server, client, example, fresh_database, signal, wait_until};
 
 const CHECKPOINTS: &str = "/api/projections/checkpoints";
 const HEAD_QUERY: &str = "SELECT max(id) FROM events";
 const SCRIPT: &str = "<script>document.title = 'pwned'</script>";
-
-fn example() -> Command {
-    let test = env::current_exe().expect("a path");
-    let profile = test.parent().and_then(Path::parent).expect("target/<profile>/deps");
-    let example = profile.join("examples").join(format!("dashboard{}", env::consts::EXE_SUFFIX));
-    let modified = |path: &Path| path.metadata().and_then(|file| file.modified()).ok();
-    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/dashboard");
-    let latest = sources
-        .read_dir()
-        .expect("the example's folder")
-        .filter_map(|file| modified(&file.expect("a file").path()))
-        .max();
-    assert!(
-        modified(&example).is_some_and(|built| Some(built) >= latest),
-        "{} is missing or out of date: `cargo test` builds it, unless it is told which targets to \
-         test; then run `cargo build --example dashboard` first",
-        example.display()
-    );
-    let mut command = Command::new(example);
-    command.env_remove("DATABASE_URL").stdin(Stdio::null());
-    command
-}
 
 /// The example as a process, killed when this value is dropped.
 struct Dashboard {
@@ -68,12 +45,14 @@ impl Dashboard {
     }
 
     fn demo(arguments: &[&str]) -> Self {
-        Self::start(example().args(["--listen", "127.0.0.1:0"]).args(arguments))
+        Self::start(
+            example("dashboard", "dashboard").args(["--listen", "127.0.0.1:0"]).args(arguments),
+        )
     }
 
     fn on(database_url: &str, arguments: &[&str]) -> Self {
         Self::start(
-            example()
+            example("dashboard", "dashboard")
                 .env("DATABASE_URL", database_url)
                 .args(["--listen", "127.0.0.1:0"])
                 .args(arguments),
@@ -461,7 +440,7 @@ fn a_slow_database_holds_up_neither_the_page_nor_the_news() {
 
 #[test]
 fn check_answers_each_route_once_and_ends() {
-    let (code, stdout, stderr) = run(example().arg("--check"));
+    let (code, stdout, stderr) = run(example("dashboard", "dashboard").arg("--check"));
     assert_eq!((code, stderr.as_str()), (Some(0), ""), "{stdout}");
     for expected in ["GET / 200, ", "GET /api/projections/checkpoints 200\n[{", "GET /health 503"] {
         assert!(stdout.contains(expected), "{stdout}");
@@ -469,7 +448,11 @@ fn check_answers_each_route_once_and_ends() {
 
     let (url, _store) = database(7);
     let on_database = |url: &str| {
-        run(example().env("DATABASE_URL", url).args(["--check", "--head-query", HEAD_QUERY]))
+        run(example("dashboard", "dashboard").env("DATABASE_URL", url).args([
+            "--check",
+            "--head-query",
+            HEAD_QUERY,
+        ]))
     };
     let (code, stdout, _) = on_database(&url);
     assert_eq!(code, Some(0), "{stdout}");
@@ -506,21 +489,23 @@ fn a_command_line_that_makes_no_sense_is_exit_code_2() {
         (&["--projection", ""], "invalid projection name"),
         (&["--head-query", "SELECT 1"], "--head-query needs DATABASE_URL"),
     ] {
-        let (code, stdout, stderr) = run(example().args(arguments));
+        let (code, stdout, stderr) = run(example("dashboard", "dashboard").args(arguments));
         assert_eq!((code, stdout.as_str()), (Some(2), ""), "{arguments:?}");
         assert!(stderr.contains(why) && stderr.contains("Usage:"), "{stderr}");
     }
-    let (code, _, stderr) = run(example().env("DATABASE_URL", "host=localhost user=app"));
+    let (code, _, stderr) =
+        run(example("dashboard", "dashboard").env("DATABASE_URL", "host=localhost user=app"));
     assert_eq!(code, Some(2));
     assert!(stderr.contains("DATABASE_URL needs --head-query"), "{stderr}");
 
     let broken = "host=localhost port=many password='hunter2 and more'";
-    let (code, _, stderr) =
-        run(example().env("DATABASE_URL", broken).args(["--head-query", HEAD_QUERY]));
+    let (code, _, stderr) = run(example("dashboard", "dashboard")
+        .env("DATABASE_URL", broken)
+        .args(["--head-query", HEAD_QUERY]));
     assert_eq!(code, Some(2));
     assert!(stderr.contains("DATABASE_URL cannot be read") && !stderr.contains("hunter"));
 
-    let (code, stdout, stderr) = run(example().arg("--help"));
+    let (code, stdout, stderr) = run(example("dashboard", "dashboard").arg("--help"));
     assert_eq!((code, stderr.as_str()), (Some(0), ""));
     assert!(stdout.contains("--head-query SQL"), "{stdout}");
 }
@@ -529,7 +514,7 @@ fn a_command_line_that_makes_no_sense_is_exit_code_2() {
 fn a_port_that_is_taken_is_exit_code_1() {
     let taken = Dashboard::demo(&[]);
     let address = taken.address.to_string();
-    let (code, _, stderr) = run(example().args(["--listen", &address]));
+    let (code, _, stderr) = run(example("dashboard", "dashboard").args(["--listen", &address]));
     assert_eq!(code, Some(1));
     assert!(stderr.contains(&format!("cannot listen on {address}")), "{stderr}");
 }
@@ -611,12 +596,13 @@ fn the_page_shows_each_projection_and_recovers_from_every_trouble() {
     drop(dashboard);
     told(&mut page, "The dashboard cannot be reached");
     store.delete("restored").unwrap();
-    dashboard = Dashboard::start(example().env("DATABASE_URL", &url).args([
-        "--listen",
-        &address,
-        "--head-query",
-        HEAD_QUERY,
-    ]));
+    dashboard =
+        Dashboard::start(example("dashboard", "dashboard").env("DATABASE_URL", &url).args([
+            "--listen",
+            &address,
+            "--head-query",
+            HEAD_QUERY,
+        ]));
     level(&mut page, "Degraded");
     let names = "[...document.querySelectorAll('tbody .name')].map(name => name.textContent)";
     assert_eq!(page.evaluate(names), json!([SCRIPT, "orders"]));

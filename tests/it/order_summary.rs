@@ -1,11 +1,9 @@
 //! The main job, `examples/order_summary.rs`, run as its users run it: as a process.
 
 use std::collections::BTreeMap;
-use std::env;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::TcpListener;
-use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -422,22 +420,9 @@ fn a_database_url_that_cannot_be_read_is_not_repeated() {
     assert!(!stderr(&output).contains("hunter2"), "{output:?}");
 }
 
-/// The example's process. Cargo puts it next to the folder of the test binaries.
 fn job(database_url: Option<&str>) -> Command {
-    let test = env::current_exe().unwrap();
-    let profile = test.parent().and_then(Path::parent).unwrap();
-    let example = profile.join(format!("examples/order_summary{}", env::consts::EXE_SUFFIX));
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/order_summary.rs");
-    let built = |path: &Path| path.metadata().and_then(|file| file.modified()).ok();
-    assert!(
-        built(&example).is_some_and(|example| Some(example) >= built(Path::new(source))),
-        "{} is missing or out of date: `cargo test` builds it, unless it is told which targets to \
-         test; then run `cargo build --example order_summary` first",
-        example.display()
-    );
-    let mut job = Command::new(example);
-    job.env_remove("DATABASE_URL").envs(database_url.map(|url| ("DATABASE_URL", url)));
-    job.stdin(Stdio::null());
+    let mut job = harness::example("order_summary", "order_summary.rs");
+    job.envs(database_url.map(|url| ("DATABASE_URL", url)));
     job
 }
 

@@ -2,7 +2,6 @@
 
 use std::error::Error as _;
 use std::fs;
-use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,7 +11,7 @@ use checkpoint_store::{CheckpointStore, Error, conformance};
 use redis::{Client, Commands, Connection};
 use rustix::process::Signal;
 
-use crate::harness::{Guard, chain, free_port, signal};
+use crate::harness::{Guard, chain, example, free_port, signal};
 use redis_store::RedisCheckpointStore;
 
 #[allow(dead_code, unreachable_pub, reason = "an example is a program of its own")]
@@ -486,7 +485,7 @@ order-log stands at event 7 of 7
 ",
     ];
     for expected in runs {
-        let output = example(&[], Some(&server.url()));
+        let output = run_example(&[], Some(&server.url()));
         assert_eq!(stdout(&output), expected, "{output:?}");
         assert!(output.status.success(), "{output:?}");
     }
@@ -496,7 +495,7 @@ order-log stands at event 7 of 7
 fn the_example_verifies_its_store_and_leaves_nothing_behind() {
     let server = RedisServer::start();
     for _ in 0..2 {
-        let output = example(&["--verify"], Some(&server.url()));
+        let output = run_example(&["--verify"], Some(&server.url()));
         assert_eq!(stdout(&output), "the store keeps every promise\n", "{output:?}");
         assert!(output.status.success(), "{output:?}");
     }
@@ -505,40 +504,27 @@ fn the_example_verifies_its_store_and_leaves_nothing_behind() {
 
 #[test]
 fn the_example_says_what_it_lacks() {
-    let output = example(&[], None);
+    let output = run_example(&[], None);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     assert!(stderr(&output).contains("REDIS_URL"), "{output:?}");
 
-    let output = example(&["--unknown"], None);
+    let output = run_example(&["--unknown"], None);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
     assert!(stderr(&output).contains("usage: "), "{output:?}");
 
     let nobody = format!("redis://:{PASSWORD}@127.0.0.1:{}/", free_port());
     for arguments in [&[][..], &["--verify"]] {
-        let output = example(arguments, Some(&nobody));
+        let output = run_example(arguments, Some(&nobody));
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         assert!(stderr(&output).contains("refused"), "{output:?}");
         assert!(!stderr(&output).contains(PASSWORD), "{output:?}");
     }
 }
 
-/// Runs the example. Cargo puts it next to the folder of the test binaries.
-fn example(arguments: &[&str], redis_url: Option<&str>) -> Output {
-    let test = std::env::current_exe().expect("a path");
-    let profile = test.parent().and_then(Path::parent).expect("target/<profile>/deps");
-    let example =
-        profile.join("examples").join(format!("redis_store{}", std::env::consts::EXE_SUFFIX));
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/redis_store.rs");
-    let modified = |path: &Path| path.metadata().and_then(|file| file.modified()).ok();
-    assert!(
-        modified(&example).is_some_and(|built| Some(built) >= modified(Path::new(source))),
-        "{} is missing or out of date: `cargo test` builds it, unless it is told which targets to \
-         test; then run `cargo build --all-features --example redis_store` first",
-        example.display()
-    );
-    let mut command = Command::new(example);
-    command.args(arguments).env_remove("REDIS_URL").stdin(Stdio::null());
-    command.envs(redis_url.map(|url| ("REDIS_URL", url))).output().expect("the example runs")
+fn run_example(arguments: &[&str], redis_url: Option<&str>) -> Output {
+    let mut command = example("redis_store", "redis_store.rs");
+    command.args(arguments).envs(redis_url.map(|url| ("REDIS_URL", url)));
+    command.output().expect("the example runs")
 }
 
 fn stdout(output: &Output) -> String {

@@ -1,8 +1,6 @@
 //! The threaded job, `examples/threaded_batch.rs`, run as its users run it: as a process.
 
-use std::env;
 use std::io::{BufRead, BufReader, Read as _};
-use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use checkpoint_store::postgres::Client;
@@ -242,20 +240,8 @@ fn times_handled(client: &mut Client) -> i64 {
 }
 
 fn batch(database_url: Option<&str>, arguments: &[&str]) -> Command {
-    let test = env::current_exe().unwrap();
-    let profile = test.parent().and_then(Path::parent).unwrap();
-    let example = profile.join(format!("examples/threaded_batch{}", env::consts::EXE_SUFFIX));
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/threaded_batch.rs");
-    let changed = |path: &Path| path.metadata().and_then(|file| file.modified()).ok();
-    assert!(
-        changed(&example).is_some_and(|built| Some(built) >= changed(Path::new(source))),
-        "{} is missing or out of date: `cargo test` builds it, unless it is told which targets to \
-         test; then run `cargo build --example threaded_batch` first",
-        example.display()
-    );
-    let mut batch = Command::new(example);
-    batch.args(arguments).stdin(Stdio::null());
-    batch.env_remove("DATABASE_URL").envs(database_url.map(|url| ("DATABASE_URL", url)));
+    let mut batch = harness::example("threaded_batch", "threaded_batch.rs");
+    batch.args(arguments).envs(database_url.map(|url| ("DATABASE_URL", url)));
     batch
 }
 

@@ -1,5 +1,6 @@
 //! Throwaway PostgreSQL servers, started from the installed binaries.
 
+mod example;
 mod guard;
 mod network;
 mod pgbouncer;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use checkpoint_store::PostgresCheckpointStore;
 use checkpoint_store::postgres::{Client, NoTls};
 
+pub(crate) use example::example;
 pub(crate) use guard::{Guard, kill_process, signal, signal_pid};
 pub(crate) use network::Network;
 pub(crate) use pgbouncer::PgBouncer;
