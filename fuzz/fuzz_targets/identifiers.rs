@@ -1,0 +1,77 @@
+//! Whatever a schema and a table are called, a scanner of SQL finds just these names in each
+//! statement, where the file has its own, and everything else as it was.
+
+#![no_main]
+
+use std::sync::LazyLock;
+
+use libfuzzer_sys::fuzz_target;
+use sqlparser::dialect::PostgreSqlDialect;
+use sqlparser::keywords::Keyword;
+use sqlparser::tokenizer::{Token, Tokenizer, Word};
+
+// The module under test is not public, and takes these two from its crate's root.
+use checkpoint_store::{Error, Result};
+
+#[expect(dead_code, reason = "not all of it puts a name into SQL")]
+#[path = "../../src/pg/identifier.rs"]
+mod identifier;
+use identifier::Table;
+
+const SCHEMA_FILE: &str = include_str!("../../sql/create_schema.sql");
+const TABLE_FILES: [&str; 10] = [
+    include_str!("../../sql/advance.sql"),
+    include_str!("../../sql/all.sql"),
+    include_str!("../../sql/create_table.sql"),
+    include_str!("../../sql/create_updated_at_index.sql"),
+    include_str!("../../sql/delete.sql"),
+    include_str!("../../sql/find.sql"),
+    include_str!("../../sql/lock.sql"),
+    include_str!("../../sql/save.sql"),
+    include_str!("../../sql/save_many.sql"),
+    include_str!("../../sql/try_lock.sql"),
+];
+
+static SCHEMA_TOKENS: LazyLock<Vec<Token>> = LazyLock::new(|| scan(SCHEMA_FILE));
+static TABLE_TOKENS: LazyLock<Vec<Vec<Token>>> =
+    LazyLock::new(|| TABLE_FILES.iter().map(|file| scan(file)).collect());
+
+fn scan(sql: &str) -> Vec<Token> {
+    Tokenizer::new(&PostgreSqlDialect {}, sql).tokenize().expect("a statement")
+}
+
+fn quoted(name: &str) -> Token {
+    let keyword = Keyword::NoKeyword;
+    Token::Word(Word { value: name.to_owned(), quote_style: Some('"'), keyword })
+}
+
+/// The tokens of a file with other names in place of its own.
+fn renamed(file: &[Token], schema: &str, table: &str) -> Vec<Token> {
+    let name = |token: &Token| match token {
+        Token::Word(Word { value, quote_style: None, .. }) if value == "public" => quoted(schema),
+        Token::Word(Word { value, quote_style: None, .. }) if value == "projection_checkpoints" => {
+            quoted(table)
+        }
+        other => other.clone(),
+    };
+    file.iter().map(name).collect()
+}
+
+fn is_good(name: &str) -> bool {
+    (1..=63).contains(&name.len()) && !name.contains('\0')
+}
+
+fuzz_target!(|names: (&str, &str)| {
+    let (schema, table) = names;
+    let Ok(rendered) = Table::new(schema, table) else {
+        assert!(!is_good(schema) || !is_good(table), "refused without a reason");
+        return;
+    };
+    assert!(is_good(schema) && is_good(table), "PostgreSQL would refuse it, or cut it short");
+
+    let as_rendered = scan(&rendered.render_schema(SCHEMA_FILE));
+    assert_eq!(as_rendered, renamed(&SCHEMA_TOKENS, schema, table));
+    for (file, tokens) in TABLE_FILES.iter().zip(&*TABLE_TOKENS) {
+        assert_eq!(scan(&rendered.render(file)), renamed(tokens, schema, table));
+    }
+});
