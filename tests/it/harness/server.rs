@@ -1,5 +1,6 @@
 use std::ffi::OsStr;
 use std::fs;
+use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
@@ -105,16 +106,22 @@ impl Server {
         }
     }
 
-    /// Copies a running server into this one, which then follows it as its standby.
+    /// Copies another server, which stands still meanwhile, into this one, which then follows it
+    /// as its standby. It takes no more than the server's own programs, and so no `pg_basebackup`
+    /// of the same version.
     pub(crate) fn follow(&self, primary: &Self) {
-        let output = server_program("pg_basebackup")
-            .args(["--write-recovery-conf", "--checkpoint=fast", "--no-sync", "--pgdata"])
-            .arg(self.data())
-            .args(["--host", &primary.options.listen, "--port", &primary.port.to_string()])
-            .args(["--username=postgres", "--no-password"])
-            .output()
-            .expect("pg_basebackup runs");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        primary.stop();
+        let copied = as_server_user("cp").arg("-a").args([primary.data(), self.data()]).status();
+        assert!(copied.expect("cp runs").success());
+        primary.restart();
+        let signal = self.data().join("standby.signal");
+        fs::write(&signal, "").expect("the standby's folder");
+        give_away(&signal);
+        let mut settings = fs::File::options()
+            .append(true)
+            .open(self.data().join("postgresql.auto.conf"))
+            .expect("initdb has made it");
+        writeln!(settings, "primary_conninfo = '{}'", primary.params()).expect("it is written");
     }
 
     /// Starts the server again and waits until it takes connections.
@@ -290,7 +297,7 @@ fn bin_folder() -> &'static Path {
             .find(|folder| has_server(folder))
             .and_then(|folder| {
                 // A link to the server may stand alone where it is found; its other programs,
-                // pg_basebackup say, are where it points to.
+                // psql say, are where it points to.
                 Some(fs::canonicalize(folder.join("postgres")).ok()?.parent()?.to_owned())
             })
             .unwrap_or_else(|| {
