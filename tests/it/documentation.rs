@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use checkpoint_store::{CheckpointStore, PostgresCheckpointStore};
 
@@ -74,6 +75,30 @@ fn the_remedy_for_gaps_waits_for_the_event_that_commits_late() {
     late.commit().unwrap();
     assert_eq!(next(0), [1, 2]);
     assert_eq!(next(1), [2]);
+}
+
+/// The crates that a program gets with this one, by the features that it asks for.
+#[test]
+fn four_crates_come_with_it_and_one_without_features() {
+    let dependencies = |features: &[&str]| {
+        let output = Command::new(env!("CARGO"))
+            .args(["tree", "--locked", "--edges=normal", "--depth=1", "--prefix=none"])
+            .args(["--format={lib}", "--manifest-path"])
+            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml"))
+            .args(features)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let mut names: Vec<_> =
+            String::from_utf8(output.stdout).unwrap().lines().skip(1).map(str::to_owned).collect();
+        names.sort();
+        names
+    };
+    let four = ["postgres", "r2d2", "r2d2_postgres", "thiserror"];
+    assert_eq!(dependencies(&[]), four);
+    assert_eq!(dependencies(&["--all-features"]), four);
+    assert_eq!(dependencies(&["--no-default-features"]), ["thiserror"]);
+    assert_eq!(dependencies(&["--no-default-features", "--features=conformance"]), ["thiserror"]);
 }
 
 /// Every public item as it is declared, without its documentation. The lint `unreachable_pub` keeps
