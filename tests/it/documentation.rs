@@ -1,6 +1,5 @@
 //! What the documents say, tried: their SQL runs, and the remedy for gaps is one.
 
-use std::fs;
 use std::path::Path;
 use std::process::Command;
 
@@ -99,86 +98,4 @@ fn four_crates_come_with_it_and_one_without_features() {
     assert_eq!(dependencies(&["--all-features"]), four);
     assert_eq!(dependencies(&["--no-default-features"]), ["thiserror"]);
     assert_eq!(dependencies(&["--no-default-features", "--features=conformance"]), ["thiserror"]);
-}
-
-/// Every public item as it is declared, without its documentation. The lint `unreachable_pub` keeps
-/// `pub` from standing on anything else.
-fn face(folder: &Path, face: &mut Vec<String>) {
-    let mut paths: Vec<_> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
-    paths.sort();
-    for path in paths {
-        if path.is_dir() {
-            self::face(&path, face);
-            continue;
-        }
-        let source = fs::read_to_string(&path).unwrap();
-        let mut lines = source.lines().filter(|line| !line.trim_start().starts_with("//"));
-        while let Some(line) = lines.next() {
-            let item = line.trim_start();
-            if item.starts_with("impl") && !line.starts_with(' ') {
-                face.push(item.trim_end_matches(" {").to_owned());
-            }
-            if !item.starts_with("pub ") {
-                continue;
-            }
-            let indent = &line[..line.len() - item.len()];
-            let whole = ["pub trait", "pub enum", "pub struct", "pub use"];
-            let end = |line: &str| {
-                if whole.iter().any(|kind| item.starts_with(kind)) {
-                    line.ends_with(';') || line == format!("{indent}}}")
-                } else {
-                    line.ends_with([';', '{', ',']) && !line.ends_with("(,")
-                }
-            };
-            let mut declaration = vec![line];
-            while !end(declaration[declaration.len() - 1]) || unclosed(&declaration) {
-                declaration.push(lines.next().unwrap());
-            }
-            if item.starts_with("pub struct") {
-                declaration.retain(|line| !line.starts_with("    ") || line.contains("pub "));
-            }
-            face.push(declaration.join("\n").trim_end_matches([' ', '{']).to_owned());
-        }
-    }
-}
-
-fn unclosed(declaration: &[&str]) -> bool {
-    let count =
-        |c: char| declaration.iter().flat_map(|line| line.chars()).filter(|x| *x == c).count();
-    count('(') != count(')')
-}
-
-#[test]
-fn the_public_face_is_the_recorded_one() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut items = Vec::new();
-    face(&root.join("src"), &mut items);
-    let of_public_type = |item: &String| {
-        let Some(implemented) = item.strip_prefix("impl") else { return true };
-        let of = implemented.rsplit(" for ").next().unwrap_or(implemented);
-        let name = of.rsplit("> ").next().unwrap_or(of).trim();
-        let name = name.split(['<', '{', ' ']).next().unwrap_or(name);
-        let kinds = ["pub struct", "pub enum", "pub trait"];
-        kinds.iter().any(|kind| {
-            items.iter().any(|item| {
-                let declared = item.strip_prefix(kind).map_or("", str::trim_start);
-                declared.split([' ', '<', ':', ';', '\n']).next() == Some(name)
-            })
-        })
-    };
-    let found: Vec<_> = items.iter().filter(|item| of_public_type(item)).cloned().collect();
-    let found = found.join("\n") + "\n";
-    let recorded_at = root.join("tests/public-face.txt");
-    if std::env::var_os("CHECKPOINT_STORE_RECORD_FACE").is_some() {
-        fs::write(&recorded_at, &found).unwrap();
-    }
-    let recorded = fs::read_to_string(&recorded_at).unwrap_or_default();
-    for (found, recorded) in found.lines().zip(recorded.lines()) {
-        assert_eq!(found, recorded, "the face has changed: is that meant?");
-    }
-    assert_eq!(
-        found.lines().count(),
-        recorded.lines().count(),
-        "the face has changed; if that is meant, run this test with CHECKPOINT_STORE_RECORD_FACE=1"
-    );
 }

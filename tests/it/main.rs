@@ -23,6 +23,7 @@ mod pgbouncer;
 mod postgres;
 mod prepared;
 mod privileges;
+mod public_face;
 mod redis;
 mod secrets;
 mod source_system;
