@@ -1,7 +1,15 @@
 SELECT class.relkind::text AS kind,
+       EXISTS (SELECT FROM pg_inherits WHERE pg_inherits.inhparent = class.oid) AS has_heirs,
        attribute.attname::text AS column_name,
        format_type(attribute.atttypid, attribute.atttypmod) AS type_name,
        attribute.attnotnull AS not_null,
+       attribute.attgenerated <> '' OR attribute.attidentity = 'a' AS is_generated,
+       NOT EXISTS (
+           SELECT
+           FROM pg_collation
+           WHERE pg_collation.oid = attribute.attcollation
+             AND NOT pg_collation.collisdeterministic
+       ) AS is_compared_by_bytes,
        attribute.atthasdef OR attribute.attidentity <> '' AS filled_by_default,
        EXISTS (
            SELECT

@@ -5,8 +5,8 @@ use crate::{CheckpointStore, Error, Result, validate_offset};
 /// How often a [`Checkpointer`] saves: after a number of events, within a time, or whichever comes
 /// first.
 ///
-/// The cadence is what a crash costs: the events since the last save are read again. It is also
-/// what a save costs less often: one round trip, and one flush of the database's log.
+/// Saving less often saves round trips and flushes of the database's log; saving more often leaves
+/// fewer events to read again after a crash.
 ///
 /// # Examples
 ///
@@ -104,13 +104,14 @@ impl Cadence {
 
 /// Saves a projection's checkpoint at a [`Cadence`], for a loop that processes events one by one.
 ///
-/// It makes at least once: after a crash the events since the last save are processed again, no
-/// more of them than the cadence allows, and none is left out. For exactly once save inside the
-/// transaction that applies the events.
+/// It gives at-least-once processing: after a crash the events since the last save are processed
+/// again, no more of them than the cadence allows, and none is left out. For exactly once save
+/// inside the transaction that applies the events.
 ///
 /// It saves with [`advance`](CheckpointStore::advance), so a second runner of the same projection
-/// is found out: the first save of one of them is a [`Conflict`](Error::Conflict), and stays one.
-/// Stop then.
+/// is detected: one of the two, the older one perhaps, gets a [`Conflict`](Error::Conflict) at its
+/// next save, and at each one after. Stop that one. A runner whose projection is
+/// [reset](crate#resetting-a-projection) under it may not notice: stop it first.
 ///
 /// A save that fails is due again at once, with the next [`processed`](Checkpointer::processed),
 /// [`save_if_due`](Checkpointer::save_if_due) or [`flush`](Checkpointer::flush). When it failed as
@@ -242,7 +243,8 @@ impl<S: CheckpointStore> Checkpointer<S> {
     ///
     /// [`InvalidOffset`](Error::InvalidOffset) when `offset` is before the last one; nothing has
     /// changed then. Otherwise as [`CheckpointStore::advance`]: the event counts as processed, the
-    /// save is due.
+    /// save is due. While the store is unavailable this call takes as long as the store waits, and
+    /// whoever shares the `Checkpointer` behind a lock waits with it.
     ///
     /// # Examples
     ///
@@ -339,7 +341,9 @@ impl<S: CheckpointStore> Checkpointer<S> {
                     self.rival |= error.is_conflict();
                     if self.rival {
                         self.in_doubt.clear();
-                    } else if matches!(error, Error::Unavailable { .. }) {
+                    } else if matches!(error, Error::Unavailable { .. })
+                        && !self.in_doubt.contains(&to)
+                    {
                         self.in_doubt.push(to);
                     }
                     self.progress.failed = true;
@@ -477,6 +481,7 @@ mod tests {
     fn every_zero_events_panics() {
         let _ = Cadence::every(0);
     }
+
     fn cadence() -> impl Strategy<Value = Cadence> {
         let events = 1..6_u64;
         let interval = (0..50_u64).prop_map(Duration::from_millis);

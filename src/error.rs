@@ -1,4 +1,8 @@
 use std::error::Error as StdError;
+use std::fmt;
+
+#[cfg(feature = "postgres")]
+use crate::pg::{subject, transience};
 
 type Source = Box<dyn StdError + Send + Sync>;
 
@@ -13,11 +17,14 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 ///
 /// | Variant | What to do |
 /// |---|---|
-/// | [`InvalidProjection`](Error::InvalidProjection), [`InvalidOffset`](Error::InvalidOffset), [`InvalidIdentifier`](Error::InvalidIdentifier) | mend the caller; nothing was sent and nothing has changed |
-/// | [`Conflict`](Error::Conflict) | roll back, read the offset again, go on from there: another worker has moved the checkpoint |
-/// | [`IncompatibleTable`](Error::IncompatibleTable) | mend the table, or configure another name |
-/// | [`Unavailable`](Error::Unavailable) | try again later; read the offset first where a write was under way |
-/// | [`Backend`](Error::Backend) | try again in a new transaction if [`is_transient`](Error::is_transient), otherwise mend what the cause names |
+/// | [`InvalidProjection`](Error::InvalidProjection), [`InvalidOffset`](Error::InvalidOffset), [`InvalidIdentifier`](Error::InvalidIdentifier) | fix the caller; nothing was sent and nothing has changed |
+/// | [`Conflict`](Error::Conflict) | roll back; another worker has moved the checkpoint: stop, or read the offset again |
+/// | [`Unavailable`](Error::Unavailable) | retry from the offset that is stored if [`is_transient`](Error::is_transient); otherwise fix the parameters, a wrong password say |
+/// | [`Backend`](Error::Backend) | retry in a new transaction if [`is_transient`](Error::is_transient), otherwise fix what the cause names |
+/// | [`IncompatibleTable`](Error::IncompatibleTable) | fix the table, or configure another name |
+///
+/// With the feature `postgres` a `postgres::Error`, of a statement or a commit of your own, and an
+/// `r2d2::Error`, when the pool had no connection in time, become one of these through `?`.
 ///
 /// # Examples
 ///
@@ -83,14 +90,14 @@ pub enum Error {
 
     /// There is no connection, or it was lost. If a write was under way its outcome is unknown:
     /// it happened as a whole or not at all.
-    #[error("the checkpoint store is not available")]
+    #[error("the checkpoint store is not available{}", of(subject(source.as_ref())))]
     Unavailable {
         /// The cause.
         source: Source,
     },
 
     /// The store refused or failed.
-    #[error("{operation} failed")]
+    #[error("{operation} failed{}", of(subject(source.as_ref())))]
     Backend {
         /// What was tried, as a method's name: `save`, say.
         operation: &'static str,
@@ -114,6 +121,10 @@ impl Error {
         Self::Backend { operation, source: source.into() }
     }
 
+    pub(crate) fn conflict(projection: &str, expected: i64, found: i64) -> Self {
+        Self::Conflict { projection: projection.to_owned(), expected, found }
+    }
+
     /// Whether this is a [`Conflict`](Error::Conflict): another worker has moved the checkpoint.
     ///
     /// # Examples
@@ -135,7 +146,9 @@ impl Error {
     /// first: a lost connection, a deadlock, a serialization failure, a lock that was not to be
     /// had. The decision is made on PostgreSQL's SQLSTATE, never on a message.
     ///
-    /// `false` for a [`Conflict`](Error::Conflict): the same work has been done by somebody else.
+    /// Take a new connection for it: one that was lost stays lost. `false` for an
+    /// [`Unavailable`](Error::Unavailable) that the server or the TLS connector caused by a refusal:
+    /// a wrong password, a database that is not there. `false` for a [`Conflict`](Error::Conflict): the same work has been done by somebody else.
     ///
     /// # Examples
     ///
@@ -157,14 +170,22 @@ impl Error {
 }
 
 /// What the cause itself says about trying again, if it says anything.
-#[cfg(feature = "postgres")]
-fn transience(source: &(dyn StdError + 'static)) -> Option<bool> {
-    crate::pg::transience(source)
-}
-
 #[cfg(not(feature = "postgres"))]
 fn transience(_source: &(dyn StdError + 'static)) -> Option<bool> {
     None
+}
+
+/// What the operation was about, if the cause carries it.
+#[cfg(not(feature = "postgres"))]
+fn subject<'a>(_source: &'a (dyn StdError + 'static)) -> Option<&'a str> {
+    None
+}
+
+fn of(subject: Option<&str>) -> impl fmt::Display {
+    fmt::from_fn(move |f| match subject {
+        Some(subject) => write!(f, ": {subject}"),
+        None => Ok(()),
+    })
 }
 
 /// The quoted text, cut where it would drown the message.

@@ -2,16 +2,8 @@ use std::fmt;
 use std::mem;
 use std::sync::{Arc, OnceLock, PoisonError};
 
-#[cfg(test)]
-use loom::sync::{Condvar, Mutex, MutexGuard};
-#[cfg(test)]
-use loom::thread::yield_now;
-#[cfg(not(test))]
-use std::sync::{Condvar, Mutex, MutexGuard};
-#[cfg(not(test))]
-use std::thread::yield_now;
-
 use crate::checkpoint::{validate_all, validate_offset, validate_projection};
+use crate::sync::{Condvar, Mutex, MutexGuard, yield_now};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
 
 /// Merges saves that wait at the same time into one
@@ -133,7 +125,7 @@ impl<S: CheckpointStore> GroupedCheckpointStore<S> {
         let group = Arc::clone(&queue.group);
         loop {
             if let Some(outcome) = group.outcome.get() {
-                return outcome.as_ref().copied().map_err(Error::of_group);
+                return share(outcome);
             }
             if !queue.busy {
                 break;
@@ -152,7 +144,7 @@ impl<S: CheckpointStore> GroupedCheckpointStore<S> {
         let turn = Turn { queue: &self.queue, group: Some(&group) };
         let borrowed: Vec<_> = checkpoints.iter().map(|(name, to)| (name.as_str(), *to)).collect();
         let outcome = self.store.save_many(&borrowed).map_err(Arc::new);
-        let own = outcome.as_ref().copied().map_err(Error::of_group);
+        let own = share(&outcome);
         turn.end_with(outcome);
         own
     }
@@ -190,22 +182,18 @@ impl Drop for Turn<'_> {
     }
 }
 
-impl Error {
-    /// One caller's share of its group's failure.
-    fn of_group(failure: &Arc<Error>) -> Self {
-        match &**failure {
-            Self::Unavailable { .. } => {
-                Self::Unavailable { source: Box::new(GroupFailure(Arc::clone(failure))) }
-            }
-            Self::Backend { operation, .. } => {
-                Self::backend(operation, GroupFailure(Arc::clone(failure)))
-            }
-            Self::IncompatibleTable { table, reason } => {
-                Self::IncompatibleTable { table: table.clone(), reason: reason.clone() }
-            }
-            _ => Self::backend("save_many", GroupFailure(Arc::clone(failure))),
+/// One caller's share of what came of its group.
+fn share(outcome: &Result<(), Arc<Error>>) -> Result<()> {
+    let Err(failure) = outcome else { return Ok(()) };
+    let source = GroupFailure(Arc::clone(failure));
+    Err(match &**failure {
+        Error::Unavailable { .. } => Error::Unavailable { source: Box::new(source) },
+        Error::Backend { operation, .. } => Error::backend(operation, source),
+        Error::IncompatibleTable { table, reason } => {
+            Error::IncompatibleTable { table: table.clone(), reason: reason.clone() }
         }
-    }
+        _ => Error::backend("save_many", source),
+    })
 }
 
 #[derive(Debug)]
@@ -219,7 +207,7 @@ impl fmt::Display for GroupFailure {
 
 impl std::error::Error for GroupFailure {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.0.source().or(Some(&*self.0))
+        Some(&*self.0)
     }
 }
 

@@ -1,9 +1,9 @@
 //! # Checkpoints for projections
 //!
-//! An event-sourced system builds its read models, the *projections*, from a stream of events. Each
-//! projection must remember the *offset* of the last event it has processed, its *checkpoint*, so that
-//! after a restart it goes on there: none lost, none applied twice. This crate keeps checkpoints, for
-//! programs that do not use async: in PostgreSQL ([`PostgresCheckpointStore`]), in memory
+//! In an event-sourced system a *projection* builds a read model from a stream of events. It must
+//! remember the *offset* of the last event it has processed, its *checkpoint*, so that after a restart
+//! it resumes there: no event lost, none applied twice. This crate keeps checkpoints, for programs that
+//! do not use async: in PostgreSQL ([`PostgresCheckpointStore`]), in memory
 //! ([`MemoryCheckpointStore`]), or in a store of your own ([`CheckpointStore`]).
 //!
 //! ```
@@ -17,28 +17,33 @@
 //!
 //! A checkpoint says how far a projection has got. It does not hold events, it does not know the end
 //! of the stream until you [tell it](ProjectionStatus), and it does not know whether the read model is
-//! right. It is true as far as it is saved together with what it speaks of.
+//! right. You can trust it only as far as it was saved together with the read model it describes.
 //!
 //! # `save`, `advance` or `lock`?
 //!
 //! | You have | Use | What you get |
 //! |---|---|---|
-//! | a read model in the same database | [`lock`](InTransaction::lock), apply, [`save`](InTransaction::save), commit | exactly once, with any number of rival workers |
-//! | the same, and transactions that should not wait for each other | [`get`](InTransaction::get), apply, [`advance`](InTransaction::advance), commit | exactly once; of rivals all but one roll back |
-//! | a read model elsewhere | a [`Checkpointer`] | at least once; a second runner is found out |
+//! | a read model in the same database | [`lock`](InTransaction::lock), apply, [`save`](InTransaction::save), commit | exactly once, with any number of competing workers |
+//! | the same, and transactions that should not wait for each other | [`get`](InTransaction::get), apply, [`advance`](InTransaction::advance), commit | exactly once; of competing workers all but one roll back |
+//! | a read model elsewhere | a [`Checkpointer`] | at least once; a second worker is detected |
 //! | to move a projection by hand | [`save`](CheckpointStore::save) | the offset that you say, whatever it was |
 //!
 //! # Exactly once
 //!
-//! The read model and the checkpoint commit together, or neither does:
+//! The read model and the checkpoint commit together, or neither does. `?` turns the errors of your
+//! own statements, of the commit and of the pool into [`Error`]s too, so that
+//! [`is_transient`](Error::is_transient) judges all of them:
 //!
 //! ```no_run
 //! # #[cfg(feature = "postgres")] mod example {
-//! use checkpoint_store::{PostgresCheckpointStore, postgres::Client};
+//! use checkpoint_store::{PostgresCheckpointStore, Result};
+//! use std::{thread::sleep, time::Duration};
 //!
-//! fn apply_next(store: &PostgresCheckpointStore, client: &mut Client) -> Result<bool, Box<dyn std::error::Error>> {
+//! /// Applies the next event, and says whether there was one.
+//! fn apply_next(store: &PostgresCheckpointStore) -> Result<bool> {
+//!     let mut client = store.pool().get()?; // for each try: one that was lost stays lost
 //!     let mut tx = client.transaction()?;
-//!     let offset = store.in_transaction(&mut tx).lock("revenue")?; // a rival waits here
+//!     let offset = store.in_transaction(&mut tx).lock("revenue")?; // a competing worker waits here
 //!     let event = tx.query_opt("SELECT id, amount FROM events WHERE id > $1 ORDER BY id LIMIT 1", &[&offset])?;
 //!     let Some(event) = event else { return Ok(false) };
 //!     tx.execute("UPDATE revenue SET total = total + $1", &[&event.get::<_, i64>("amount")])?;
@@ -46,16 +51,28 @@
 //!     tx.commit()?;
 //!     Ok(true)
 //! }
+//!
+//! fn work(store: &PostgresCheckpointStore) -> Result<()> {
+//!     loop {
+//!         match apply_next(store) {
+//!             Ok(true) => {}
+//!             Ok(false) => sleep(Duration::from_millis(200)), // nothing new
+//!             Err(error) if error.is_transient() => sleep(Duration::from_secs(1)),
+//!             Err(error) => return Err(error),
+//!         }
+//!     }
+//! }
 //! # }
 //! ```
 //!
-//! When the connection is lost during the commit nobody can tell whether it took place. Begin anew: the
-//! offset that `lock` returns says it.
+//! When the connection is lost during the commit nobody can tell whether it took place. Start over: the
+//! offset that `lock` returns tells you. The events must commit in the order of their ids, see
+//! [below](#gaps-in-the-stream).
 //!
 //! # At least once, at a cadence
 //!
-//! Where the read model is elsewhere, in files or in a search index, make handling an event twice
-//! harmless, and choose how many are handled twice after a crash:
+//! Where the read model is elsewhere, in files or in a search index, make handling an event idempotent,
+//! and choose how many events a crash may repeat:
 //!
 //! ```
 //! use checkpoint_store::{Cadence, Checkpointer, MemoryCheckpointStore};
@@ -108,8 +125,8 @@
 //! fn what_next(error: &Error) -> &'static str {
 //!     match error {
 //!         Error::Conflict { .. } => "roll back; another worker runs this projection: stop, or read the offset again",
-//!         error if error.is_transient() => "roll back, wait a little, begin anew with the offset that is stored",
-//!         _ => "stop and tell somebody: trying again does not help",
+//!         error if error.is_transient() => "roll back, wait a little, retry on a new connection from the offset that is stored",
+//!         _ => "stop and tell somebody: a retry does not help",
 //!     }
 //! }
 //! # assert!(what_next(&Error::backend("save", "disk full")).starts_with("stop"));
@@ -117,14 +134,17 @@
 //!
 //! # Resetting a projection
 //!
-//! To build a read model anew while its worker runs, take the worker's place for a moment. One that
-//! uses `lock` waits, and then begins at 0; one that uses `advance` or a [`Checkpointer`] sees a
-//! [`Conflict`](Error::Conflict), and begins anew when it is restarted.
+//! To rebuild a read model, empty it and set its checkpoint back in one transaction. Workers may keep
+//! running if each of their batches is a transaction with `lock`, or with `get` and `advance`: one that
+//! locks waits, and then resumes at 0; one that advances gets a [`Conflict`](Error::Conflict) and rolls
+//! back. **Stop any other worker first**, one with a [`Checkpointer`] or with a plain `save`: it counts
+//! events as processed that the emptied read model does not have any more, and its next save may put
+//! the checkpoint beyond them, without a `Conflict` if what is stored is what it expects.
 //!
 //! ```no_run
 //! # #[cfg(feature = "postgres")] mod example {
 //! # use checkpoint_store::{PostgresCheckpointStore, postgres::Client};
-//! fn reset(store: &PostgresCheckpointStore, client: &mut Client) -> Result<(), Box<dyn std::error::Error>> {
+//! fn reset(store: &PostgresCheckpointStore, client: &mut Client) -> checkpoint_store::Result<()> {
 //!     let mut tx = client.transaction()?;
 //!     store.in_transaction(&mut tx).lock("revenue")?;
 //!     tx.execute("UPDATE revenue SET total = 0", &[])?;
@@ -160,7 +180,8 @@
 //! # Ok::<(), checkpoint_store::Error>(())
 //! ```
 //!
-//! In a program that is async throughout, another crate serves better.
+//! The last handle of a store, too, must be dropped on a thread that may block: at the end of `main`,
+//! outside of the runtime, say. In a program that is async throughout, another crate serves better.
 //!
 //! # Streams that begin at 0
 //!
@@ -172,37 +193,47 @@
 //!
 //! A checkpoint store cannot see that event 41 will be committed after event 42. With events numbered
 //! by a sequence that happens whenever two transactions append at once, and a projection that has
-//! checkpointed 42 never reads 41. That is for the reader of events to avoid: read only what is older
-//! than every transaction that is still open. In PostgreSQL 13 and later:
+//! checkpointed 42 never reads 41. So make ids commit in their order: let appending transactions take
+//! turns, from their first event to their commit.
 //!
 //! ```sql
 //! CREATE TABLE events (
-//!     written_by xid8 NOT NULL DEFAULT pg_current_xact_id(), -- before the id, to be filled before it
 //!     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
 //!     payload jsonb NOT NULL
 //! );
-//! -- the next events after $1:
-//! SELECT id, payload FROM events
-//! WHERE id > $1 AND written_by < pg_snapshot_xmin(pg_current_snapshot())
-//! ORDER BY id LIMIT 500;
+//! CREATE FUNCTION append_in_turn() RETURNS trigger LANGUAGE plpgsql AS $$
+//! BEGIN
+//!     PERFORM pg_advisory_xact_lock(TG_RELID::bigint); -- before the first id is drawn, until the commit
+//!     RETURN NULL;
+//! END $$;
+//! CREATE TRIGGER append_in_turn BEFORE INSERT ON events
+//!     FOR EACH STATEMENT EXECUTE FUNCTION append_in_turn();
 //! ```
 //!
-//! Any transaction left open in that database, even one that has nothing to do with events, then holds
-//! the projection back: watch for old ones.
+//! Where the writers must not wait for each other, let the reader wait for them: ask now and then how
+//! far the stream is complete, and read no further. This waits for every open append, and new ones
+//! wait meanwhile.
+//!
+//! ```sql
+//! BEGIN;
+//! LOCK TABLE events IN SHARE MODE;
+//! SELECT max(id) FROM events;
+//! COMMIT;
+//! ```
+//!
+//! Comparing a column of transaction ids with `pg_snapshot_xmin`, as is often advised, is not enough
+//! for one offset: a transaction that began early may append late, behind an event that is still open.
 //!
 //! # Features
 //!
 //! | Feature | Default | What it adds |
 //! |---|---|---|
 //! | `postgres` | yes | [`PostgresCheckpointStore`]; the crates `postgres`, `r2d2` and `r2d2_postgres` |
-//! | `conformance` | no | [`conformance::verify`]: the contract as code, for stores of your own |
+//! | `conformance` | no | `conformance::verify`: the contract as code, for stores of your own |
 //!
 //! Without any, the crate depends on `thiserror` alone.
 
-#![cfg_attr(
-    not(all(feature = "postgres", feature = "conformance")),
-    allow(rustdoc::broken_intra_doc_links)
-)]
+#![cfg_attr(not(feature = "postgres"), allow(rustdoc::broken_intra_doc_links))]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![warn(clippy::unwrap_used, clippy::expect_used)]
 
@@ -217,6 +248,7 @@ mod monitor;
 #[cfg(feature = "postgres")]
 mod pg;
 mod store;
+mod sync;
 mod watermark;
 
 pub use checkpoint::{Checkpoint, validate_offset, validate_projection};
@@ -236,4 +268,4 @@ pub use {postgres, r2d2, r2d2_postgres};
 /// The front page's code compiles.
 #[cfg(all(doctest, feature = "postgres", feature = "conformance"))]
 #[doc = include_str!("../README.md")]
-pub struct Readme;
+struct Readme;

@@ -104,11 +104,7 @@ impl CheckpointStore for MemoryCheckpointStore {
         let mut rows = self.rows();
         let found = rows.get(projection).map_or(0, |row| row.offset);
         if found != from {
-            return Err(Error::Conflict {
-                projection: projection.to_owned(),
-                expected: from,
-                found,
-            });
+            return Err(Error::conflict(projection, from, found));
         }
         put(&mut rows, projection, to);
         Ok(())

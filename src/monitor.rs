@@ -296,6 +296,10 @@ impl HealthCheck {
     /// How long a projection that lags may go without a save; after that it is stalled. Off by
     /// default. Leave room for the cadence.
     ///
+    /// Where a stream is quiet for longer than that, its next event makes the projection look
+    /// stalled until it is saved. Act on the second such report, or let an idle worker renew the
+    /// time of its save now and then: `advance` from its offset to the same offset.
+    ///
     /// # Examples
     ///
     /// ```
@@ -308,7 +312,8 @@ impl HealthCheck {
         self
     }
 
-    /// Judges a status at a point in time, which should be the time of the store's clock.
+    /// Judges a status at a point in time: `SystemTime::now()` where the clocks of this machine and
+    /// of the store agree. By as much as they differ, `idle` is wrong.
     ///
     /// A status that is both stalled and critically lagging is `Stalled`. One that was never saved
     /// cannot be stalled, only lag. An `updated_at` after `now` counts as just saved.

@@ -6,8 +6,8 @@ use crate::{Checkpoint, Result};
 /// Remembers how far each projection has got.
 ///
 /// This is a contract between those who call it and those who implement it;
-/// [`conformance::verify`](crate::conformance) is the same contract as code, and every store of
-/// this crate passes it.
+/// `conformance::verify`, behind the feature `conformance`, is the same contract as code, and every
+/// store of this crate passes it.
 ///
 /// * **Offsets** are zero or more: the offset of the last event processed. A negative one is
 ///   [`InvalidOffset`](crate::Error::InvalidOffset).
@@ -19,7 +19,7 @@ use crate::{Checkpoint, Result};
 /// * **An error** means that nothing was written, except
 ///   [`Unavailable`](crate::Error::Unavailable): there the outcome of a write is unknown, though
 ///   never half of it.
-/// * **Threads** may share a store; each method is atomic on its own, save for the provided
+/// * **Threads** may share a store; each method is atomic on its own, except the provided
 ///   `save_many`.
 ///
 /// The trait is dyn-compatible, and implemented for `&T`, `Box<T>` and `Arc<T>`.
@@ -169,7 +169,8 @@ pub trait CheckpointStore: Send + Sync {
         Ok(self.find(projection)?.map_or(0, |checkpoint| checkpoint.offset))
     }
 
-    /// Saves several checkpoints; of a name given twice the last one stays. None is fine.
+    /// Saves several checkpoints; of a name given twice the last one stays. An empty slice does
+    /// nothing.
     ///
     /// The provided implementation checks all of them, then saves one by one: bad input changes
     /// nothing, but when the store fails on the way the first ones are saved. The stores of this

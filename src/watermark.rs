@@ -1,11 +1,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::sync::PoisonError;
 
-#[cfg(test)]
-use loom::sync::{Mutex, MutexGuard};
-#[cfg(not(test))]
-use std::sync::{Mutex, MutexGuard};
-
+use crate::sync::{Mutex, MutexGuard};
 use crate::{Error, Result};
 
 /// How far a stream is processed without a hole, when threads process its events in any order.
@@ -29,32 +25,39 @@ use crate::{Error, Result};
 /// # Examples
 ///
 /// ```
-/// use checkpoint_store::{Cadence, CheckpointStore, Checkpointer, MemoryCheckpointStore, Watermark};
-/// use std::sync::Mutex;
+/// use checkpoint_store::{
+///     Cadence, CheckpointStore, Checkpointer, MemoryCheckpointStore, Result, Watermark,
+/// };
+/// use std::{sync::Mutex, thread};
 ///
 /// let store = MemoryCheckpointStore::new();
 /// let checkpointer = Checkpointer::resume(&store, "orders", Cadence::every(10))?;
 /// let watermark = Watermark::starting_at(checkpointer.offset());
+/// let stream = Mutex::new(checkpointer.offset() + 1..=100);
 /// let checkpointer = Mutex::new(checkpointer);
-/// let events = Mutex::new(1..=100);
 ///
-/// std::thread::scope(|scope| {
-///     for _ in 0..4 {
-///         scope.spawn(|| loop {
-///             // Taking an event and beginning it are one step, so they begin in order.
-///             let event = {
-///                 let mut events = events.lock().unwrap();
-///                 events.next().inspect(|&offset| watermark.begin(offset).unwrap())
-///             };
-///             let Some(offset) = event else { break };
-///             // handle the event, then:
-///             watermark.complete(offset).unwrap();
-///             let mut checkpointer = checkpointer.lock().unwrap();
-///             checkpointer.processed(watermark.offset()).unwrap();
-///         });
+/// // Taking an event and beginning it are one step, so events begin in order.
+/// let next = || -> Result<Option<i64>> {
+///     let mut stream = stream.lock().expect("no panic");
+///     stream.next().map(|offset| watermark.begin(offset).map(|()| offset)).transpose()
+/// };
+/// let work = || -> Result<()> {
+///     while let Some(offset) = next()? {
+///         // handle the event, then:
+///         watermark.complete(offset)?;
+///         let saved = checkpointer.lock().expect("no panic").processed(watermark.offset());
+///         match saved {
+///             Err(error) if error.is_transient() => {} // stays due: the next event tries again
+///             saved => drop(saved?),
+///         }
 ///     }
-/// });
-/// checkpointer.into_inner().unwrap().flush()?;
+///     Ok(())
+/// };
+/// thread::scope(|scope| {
+///     let workers: Vec<_> = (0..4).map(|_| scope.spawn(&work)).collect();
+///     workers.into_iter().try_for_each(|worker| worker.join().expect("no panic"))
+/// })?;
+/// checkpointer.into_inner().expect("no panic").flush()?;
 /// assert_eq!(store.get("orders")?, 100);
 /// # Ok::<(), checkpoint_store::Error>(())
 /// ```

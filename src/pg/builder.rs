@@ -1,7 +1,4 @@
-use std::error::Error as StdError;
 use std::fmt;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::{Client, Config, NoTls, Socket};
@@ -10,7 +7,10 @@ use r2d2_postgres::PostgresConnectionManager;
 
 use super::failure::{failure, no_connection};
 use super::identifier::Table;
-use super::pool::{ConnectWatch, NoConnection, PATIENCE, POOL_TIMEOUT, bound_network_waits, take};
+use super::pool::{
+    ConnectWatch, OPERATION_TIMEOUT, POOL_TIMEOUT, bound_network_waits, connect_within,
+};
+use super::prepared::{SessionCheck, refuse_shared_sessions};
 use super::{Options, PostgresCheckpointStore};
 use crate::{Error, Result};
 
@@ -41,8 +41,8 @@ pub struct PostgresCheckpointStoreBuilder {
 impl Default for PostgresCheckpointStoreBuilder {
     fn default() -> Self {
         Self {
-            schema: "public".to_owned(),
-            table: "projection_checkpoints".to_owned(),
+            schema: Table::DEFAULT_SCHEMA.to_owned(),
+            table: Table::DEFAULT_TABLE.to_owned(),
             options: Options::default(),
             max_connections: 10,
         }
@@ -68,8 +68,8 @@ impl PostgresCheckpointStoreBuilder {
 
     /// The table's name. The default is `projection_checkpoints`.
     ///
-    /// It is quoted, so its case matters and any character but NUL may stand in it; at most 63
-    /// bytes.
+    /// It is quoted, so its case matters and any character but NUL may stand in it, a dot too: the
+    /// schema has a [setter of its own](PostgresCheckpointStoreBuilder::schema). At most 63 bytes.
     ///
     /// # Examples
     ///
@@ -163,18 +163,20 @@ impl PostgresCheckpointStoreBuilder {
     /// Connects without TLS. `params` is a URL or `key=value` pairs, as in
     /// [`postgres::Config`].
     ///
-    /// One connection is made before this returns, so that what is wrong is named at once. Later
-    /// operations wait up to 30 seconds for a connection, the pool's own `get` up to 4.
+    /// One connection is made, and closed, before this returns, so that what is wrong is named at
+    /// once. Later operations wait up to 30 seconds for a connection, the pool's own `get` up to 4;
+    /// for other times make the pool yourself, with its `connection_timeout`, and
+    /// [`build`](PostgresCheckpointStoreBuilder::build).
     ///
     /// Where the parameters are silent, or give the default of `postgres`, these hold instead:
-    /// `connect_timeout` 4 seconds an address, `tcp_user_timeout` 10 seconds, `keepalives_idle` 10
+    /// `connect_timeout` 4 seconds per address, `tcp_user_timeout` 10 seconds, `keepalives_idle` 10
     /// seconds, `keepalives_interval` 3 seconds, `keepalives_retries` 3.
     ///
     /// # When the network goes away
     ///
     /// Every operation ends as [`Unavailable`](crate::Error::Unavailable), and works again when
     /// the network does. With the values above, and the link to the server taken down: `connect`
-    /// after 4 seconds an address; `advance`, and any operation in a transaction on one of the
+    /// within 4 seconds per address; `advance`, and any operation in a transaction on one of the
     /// pool's connections, after 10; the others after 30, for they are tried again until then.
     /// The longest that any of them can take is 50 seconds: 30, and then 20 until TCP gives up on
     /// an answer that is outstanding. A connection of your own, not from
@@ -193,6 +195,10 @@ impl PostgresCheckpointStoreBuilder {
     /// keep, and a request to cancel would wait as well. Where that is not good enough let a
     /// watchdog end the process once the projection has made no progress for too long: nothing
     /// that was acknowledged is lost by that, and no more is done twice than by any other crash.
+    ///
+    /// # Panics
+    ///
+    /// On a thread that drives an async runtime; see [the crate's page](crate#from-async-code).
     ///
     /// # Errors
     ///
@@ -248,43 +254,36 @@ impl PostgresCheckpointStoreBuilder {
     {
         let table = Table::new(&self.schema, &self.table)?;
         if self.max_connections == 0 {
-            return Err(Error::backend("connect", "a pool of 0 connections has none to give"));
+            return Err(Error::backend("connect", "max_connections is 0, and must be 1 or more"));
         }
         let mut config = params.parse::<Config>().map_err(|error| unreadable(&error))?;
         bound_network_waits(&mut config);
 
         let server = ServerName::of(&config);
-        let open = move |max_connections| {
-            let watch = ConnectWatch::default();
-            let mut pool = Pool::builder()
-                .max_size(max_connections)
-                .min_idle(Some(0))
-                .connection_timeout(POOL_TIMEOUT)
-                .test_on_check_out(false)
-                .error_handler(Box::new(watch.clone()))
-                .event_handler(Box::new(watch.clone()));
-            if self.options.prepared_statements {
-                pool = pool.connection_customizer(Box::new(watch.clone()));
-            }
-            let manager = PostgresConnectionManager::new(config.clone(), tls.clone());
-            let pool = pool.build_unchecked(manager);
-            // Not to wait, but to make the pool open its first connection.
-            drop(pool.get_timeout(Duration::ZERO));
-            watch.first_attempt(PATIENCE)?;
-            // r2d2 tells of a connection a moment before it is there to be taken; whoever asks in
-            // between would make it open a second one.
-            while pool.state().connections == 0 {
-                thread::yield_now();
-            }
-            Ok::<_, NoConnection>((pool, watch))
-        };
-        let (pool, watch) =
-            open(self.max_connections).map_err(|cause| no_connection("connect", &server, cause))?;
+        let manager = move || PostgresConnectionManager::new(config.clone(), tls.clone());
+        let mut first = connect_within(OPERATION_TIMEOUT, manager())
+            .map_err(|cause| no_connection("connect", &server, cause))?;
         if self.options.prepared_statements {
-            shared_session_is_refused(&pool, &watch, || Some(open(1).ok()?.1))
+            // Where no more than one connection is to be had, there is nothing to find out.
+            let another = || connect_within(OPERATION_TIMEOUT, manager()).ok();
+            refuse_shared_sessions(&mut first, another)
                 .map_err(|cause| failure("connect", server, cause))?;
         }
-        Ok(PostgresCheckpointStore::assemble(pool, table, self.options, PATIENCE, Some(watch)))
+        drop(first);
+
+        let (watch, sessions) = (ConnectWatch::default(), SessionCheck::default());
+        let mut pool = Pool::builder()
+            .max_size(self.max_connections)
+            .min_idle(Some(0))
+            .connection_timeout(POOL_TIMEOUT)
+            .test_on_check_out(false)
+            .error_handler(Box::new(watch.clone()))
+            .event_handler(Box::new(watch.clone()));
+        if self.options.prepared_statements {
+            pool = pool.connection_customizer(Box::new(sessions.clone()));
+        }
+        let pool = pool.build_unchecked(manager());
+        Ok(PostgresCheckpointStore::assemble(pool, table, self.options, Some(watch), sessions))
     }
 
     /// Uses the caller's pool, whatever it was configured with.
@@ -317,28 +316,19 @@ impl PostgresCheckpointStoreBuilder {
         M: ManageConnection<Connection = Client>,
     {
         let table = Table::new(&self.schema, &self.table)?;
-        let patience = pool.connection_timeout();
-        Ok(PostgresCheckpointStore::assemble(pool, table, self.options, patience, None))
+        let sessions = SessionCheck::default();
+        Ok(PostgresCheckpointStore::assemble(pool, table, self.options, None, sessions))
     }
-}
-
-/// A statement of one connection must not be seen by another one, however it is opened.
-fn shared_session_is_refused<M: ManageConnection<Connection = Client>>(
-    pool: &Pool<M>,
-    watch: &ConnectWatch,
-    another: impl FnOnce() -> Option<ConnectWatch>,
-) -> Result<(), Box<dyn StdError + Send + Sync>> {
-    watch.sessions_of_our_own()?;
-    let mut first = take(pool, Instant::now() + PATIENCE)?;
-    let _lives_on = first.prepare("SELECT")?;
-    // Where no more than one connection is to be had, there is nothing to find out.
-    another().map_or(Ok(()), |watch| Ok(watch.sessions_of_our_own()?))
 }
 
 /// What the parser says may quote a piece of the parameters, and that piece may be a password
 /// with a blank in it. So only its kind is told.
 fn unreadable(error: &postgres::Error) -> Error {
-    Error::backend("connect", format!("the connection parameters cannot be read: {error}"))
+    let reason = format!(
+        "the connection parameters cannot be read: {error}; what is special in a URL is to be \
+         percent-encoded, and a value with blanks quoted among key=value pairs"
+    );
+    Error::backend("connect", reason)
 }
 
 /// Where a connection was to go, without saying as whom.

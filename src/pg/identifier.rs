@@ -18,9 +18,13 @@ impl Identifier {
         } else if identifier.contains('\0') {
             "it contains a NUL character"
         } else {
-            return Ok(Self(format!("\"{}\"", identifier.replace('"', "\"\""))));
+            return Ok(Self::quoted(identifier));
         };
         Err(Error::InvalidIdentifier { identifier: identifier.to_owned(), reason })
+    }
+
+    fn quoted(identifier: &str) -> Self {
+        Self(format!("\"{}\"", identifier.replace('"', "\"\"")))
     }
 }
 
@@ -38,19 +42,13 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// The name by which the files in `sql/` call the table, and its schema.
+    pub(crate) const DEFAULT_SCHEMA: &str = "public";
+    pub(crate) const DEFAULT_TABLE: &str = "projection_checkpoints";
+    /// How the files in `sql/` call it.
     const IN_FILES: &str = "public.projection_checkpoints";
-    const SCHEMA_IN_FILES: &str = "public";
 
     pub(crate) fn new(schema: &str, table: &str) -> Result<Self> {
         Ok(Self { schema: Identifier::new(schema)?, table: Identifier::new(table)? })
-    }
-
-    pub(crate) fn projection_checkpoints() -> Self {
-        Self {
-            schema: Identifier("\"public\"".to_owned()),
-            table: Identifier("\"projection_checkpoints\"".to_owned()),
-        }
     }
 
     pub(crate) fn render(&self, sql: &str) -> String {
@@ -59,11 +57,20 @@ impl Table {
 
     /// For the one statement that names the schema alone.
     pub(crate) fn render_schema(&self, sql: &str) -> String {
-        sql.replace(Self::SCHEMA_IN_FILES, &self.schema.to_string())
+        sql.replace(Self::DEFAULT_SCHEMA, &self.schema.to_string())
     }
 
     pub(crate) fn schema(&self) -> &Identifier {
         &self.schema
+    }
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self {
+            schema: Identifier::quoted(Self::DEFAULT_SCHEMA),
+            table: Identifier::quoted(Self::DEFAULT_TABLE),
+        }
     }
 }
 

@@ -1,8 +1,7 @@
-use std::error::Error as StdError;
-
 use postgres::types::Type;
-use postgres::{Client, GenericClient};
+use postgres::{Client, GenericClient, IsolationLevel};
 
+use super::failure::Outcome;
 use super::identifier::Table;
 
 /// Any number will do, as long as every process that migrates takes the same one.
@@ -13,8 +12,6 @@ pub(crate) enum Migration {
     Ready,
     Incompatible(String),
 }
-
-type Outcome<T> = Result<T, Box<dyn StdError + Send + Sync>>;
 
 /// Brings the table into being, unless it is there: then it needs no right to create anything.
 ///
@@ -33,7 +30,9 @@ pub(crate) fn migrate(
             return Ok(Migration::Ready);
         }
     }
-    let mut tx = client.transaction()?;
+    // Whatever the default is here: what is seen under the lock must be newer than the wait for it.
+    let read_committed = client.build_transaction().isolation_level(IsolationLevel::ReadCommitted);
+    let mut tx = read_committed.start()?;
     tx.execute_typed("SELECT pg_advisory_xact_lock($1)", &[(&MIGRATION_LOCK, Type::INT8)])?;
     if inspect(&mut tx, table)?.is_none() {
         let schema: Option<String> = tx
@@ -61,9 +60,12 @@ pub(crate) fn migrate(
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact about the column")]
 struct Column {
     kind: String,
+    has_heirs: bool,
     name: String,
     type_name: String,
     not_null: bool,
+    is_generated: bool,
+    is_compared_by_bytes: bool,
     filled_by_default: bool,
     is_primary_key: bool,
     is_indexed: bool,
@@ -80,9 +82,12 @@ fn inspect(client: &mut impl GenericClient, table: &Table) -> Outcome<Option<Vec
         .map(|row| {
             Ok(Column {
                 kind: row.try_get("kind")?,
+                has_heirs: row.try_get("has_heirs")?,
                 name: row.try_get("column_name")?,
                 type_name: row.try_get("type_name")?,
                 not_null: row.try_get("not_null")?,
+                is_generated: row.try_get("is_generated")?,
+                is_compared_by_bytes: row.try_get("is_compared_by_bytes")?,
                 filled_by_default: row.try_get("filled_by_default")?,
                 is_primary_key: row.try_get("is_primary_key")?,
                 is_indexed: row.try_get("is_indexed")?,
@@ -101,6 +106,9 @@ fn misfit(columns: &[Column]) -> Option<String> {
     if columns.iter().any(|column| !matches!(column.kind.as_str(), "r" | "p")) {
         return Some("it is not a table".to_owned());
     }
+    if columns.iter().any(|column| column.kind == "r" && column.has_heirs) {
+        return Some("other tables inherit from it, and their rows would count".to_owned());
+    }
     for (name, type_name) in COLUMNS {
         let Some(column) = columns.iter().find(|column| column.name == name) else {
             return Some(format!("it has no column {name:?}"));
@@ -113,6 +121,12 @@ fn misfit(columns: &[Column]) -> Option<String> {
         }
         if !column.not_null {
             return Some(format!("its column {name:?} can be null"));
+        }
+        if column.is_generated {
+            return Some(format!("its column {name:?} is generated"));
+        }
+        if !column.is_compared_by_bytes {
+            return Some(format!("the collation of {name:?} takes different names for the same"));
         }
         if name == "projection_name" && !column.is_primary_key {
             return Some(format!("its primary key is not {name:?} alone"));

@@ -3,30 +3,31 @@ mod failure;
 mod identifier;
 mod migrate;
 mod pool;
+mod prepared;
 mod queries;
 mod session;
 mod transaction;
 
-use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use postgres::{Client, NoTls, Transaction};
 use r2d2::{ManageConnection, Pool, PooledConnection};
 use r2d2_postgres::PostgresConnectionManager;
 
 pub use self::builder::PostgresCheckpointStoreBuilder;
-pub(crate) use self::failure::transience;
+pub(crate) use self::failure::{subject, transience};
 pub use self::transaction::InTransaction;
 
-use self::failure::{failure, is_connection_loss, no_connection};
+use self::failure::{Outcome, failure, is_connection_loss, is_rolled_back, no_connection};
 use self::identifier::Table;
 use self::migrate::{Migration, migrate};
-use self::pool::{AllInUse, ConnectWatch, take};
+use self::pool::{AllInUse, ConnectWatch, OPERATION_TIMEOUT, Patience, take};
+use self::prepared::SessionCheck;
 use self::queries::Queries;
-use self::session::{Pooled, Session};
+use self::session::Pooled;
 use crate::checkpoint::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
 
@@ -46,7 +47,7 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 /// first try has deleted.
 ///
 /// After an outage a store is back within about 2 seconds of its server. With a pool of the
-/// caller's own that is up to half of its `connection_timeout`, for so long does `r2d2` pause
+/// caller's own that is up to half of its `connection_timeout`, because `r2d2` pauses that long
 /// between two attempts to connect.
 ///
 /// `advance` is not repeated once the server may have seen it, for the second one would find the
@@ -59,6 +60,17 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 /// under way, and an `advance` from such an offset is a [`Conflict`](Error::Conflict), upon which
 /// the caller reads again. A `save` that is so late sets the checkpoint back to its own offset;
 /// where that would be a harm, use `advance` or a transaction.
+///
+/// What the server rolls back because of others, with a serialization failure or a deadlock, is run
+/// again by the store: it has certainly not happened.
+///
+/// Where a trigger discards rows, the write is an error; other rows of the same `save_many` are
+/// stored then.
+///
+/// # Panics
+///
+/// On a thread that drives an async runtime, dropping the last handle there included; see
+/// [the crate's page](crate#from-async-code).
 ///
 /// # Statements
 ///
@@ -88,9 +100,9 @@ where
 struct Shared {
     queries: Queries,
     options: Options,
-    /// How long an operation waits for a connection.
-    patience: Duration,
+    /// What is known of the connections, where the builder made the pool.
     watch: Option<ConnectWatch>,
+    sessions: SessionCheck,
     /// How many connections were lost so far.
     losses: AtomicU64,
 }
@@ -157,19 +169,18 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     /// ```
     #[must_use]
     pub fn new(pool: Pool<M>) -> Self {
-        let patience = pool.connection_timeout();
-        Self::assemble(pool, Table::projection_checkpoints(), Options::default(), patience, None)
+        Self::assemble(pool, Table::default(), Options::default(), None, SessionCheck::default())
     }
 
     fn assemble(
         pool: Pool<M>,
         table: Table,
         options: Options,
-        patience: Duration,
         watch: Option<ConnectWatch>,
+        sessions: SessionCheck,
     ) -> Self {
         let queries = Queries::new(table);
-        let shared = Shared { queries, options, patience, watch, losses: AtomicU64::new(0) };
+        let shared = Shared { queries, options, watch, sessions, losses: AtomicU64::new(0) };
         Self { pool, shared: Arc::new(shared) }
     }
 
@@ -202,8 +213,8 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     /// ```
     pub fn migrate(&self) -> Result<()> {
         let Queries { table, .. } = &self.shared.queries;
-        let migration = self.repeatable("migrate", format_args!("table {table}"), |client| {
-            migrate(client, table, self.shared.options.updated_at_index)
+        let migration = self.repeatable("migrate", format_args!("table {table}"), |session| {
+            migrate(session.connection, table, self.shared.options.updated_at_index)
         })?;
         match migration {
             Migration::Ready => Ok(()),
@@ -238,7 +249,13 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     /// that of the store tells none.
     ///
     /// If the builder made it, its `get` waits up to 4 seconds; `get_timeout` as long as it is told.
-    /// Who holds the pool's last connection and calls the store itself waits in vain.
+    /// A thread that holds the pool's last connection and calls the store itself gets
+    /// [`Unavailable`](Error::Unavailable) after the time-out.
+    ///
+    /// Give connections back as they were: begin transactions with `transaction()`, which rolls back
+    /// when it is dropped, and change no setting that outlasts them. After a `BEGIN` of your own
+    /// that is still open, the store's next operation on that connection is part of it: a `save`
+    /// would return `Ok`, and never be committed.
     ///
     /// # Examples
     ///
@@ -258,15 +275,15 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
         &self,
         operation: &'static str,
         subject: impl fmt::Display,
-        mut run: impl FnMut(&mut PooledConnection<M>) -> Result<T, Box<dyn StdError + Send + Sync>>,
+        mut query: impl FnMut(&mut Pooled<'_, M>) -> Outcome<T>,
     ) -> Result<T> {
-        let deadline = Instant::now() + self.shared.patience;
+        let mut patience = self.patience();
         loop {
-            let mut client = self.connection(operation, &subject, deadline)?;
-            match run(&mut client) {
+            let mut connection = self.connection(operation, &subject, patience.deadline)?;
+            match self.run(&mut connection, &mut patience, &mut query) {
                 Err(cause) if is_connection_loss(cause.as_ref()) => {
-                    self.shared.losses.fetch_add(1, Ordering::Relaxed);
-                    if Instant::now() >= deadline {
+                    drop(connection);
+                    if !patience.pause() {
                         return Err(failure(operation, subject, cause));
                     }
                 }
@@ -275,43 +292,64 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
         }
     }
 
-    /// Runs what must not run twice, on a connection that is known to work as far as that can be
-    /// known without a round trip.
+    /// Runs what must not run twice. After a connection was lost, the others from before are tested
+    /// first, at the price of a round trip, so that one outage is one error.
     fn once<T>(
         &self,
         operation: &'static str,
         subject: impl fmt::Display,
-        run: impl FnOnce(&mut PooledConnection<M>) -> Result<T, Box<dyn StdError + Send + Sync>>,
+        query: impl FnMut(&mut Pooled<'_, M>) -> Outcome<T>,
     ) -> Result<T> {
-        let deadline = Instant::now() + self.shared.patience;
+        let mut patience = self.patience();
         let losses = self.shared.losses.load(Ordering::Relaxed);
-        let mut client = loop {
-            let mut client = self.connection(operation, &subject, deadline)?;
-            let known = PooledConnection::extensions(&client).get::<KnownToWork>();
+        let mut connection = loop {
+            let mut connection = self.connection(operation, &subject, patience.deadline)?;
+            let known = PooledConnection::extensions(&connection).get::<KnownToWork>();
             if losses == known.map_or(0, |known| known.0) {
-                break client;
+                break connection;
             }
-            match client.check_connection() {
+            match connection.check_connection() {
                 Ok(()) => {
-                    PooledConnection::extensions_mut(&mut client).insert(KnownToWork(losses));
-                    break client;
+                    PooledConnection::extensions_mut(&mut connection).insert(KnownToWork(losses));
+                    break connection;
                 }
-                Err(cause) if Instant::now() >= deadline => {
-                    return Err(failure(operation, subject, cause));
+                Err(cause) => {
+                    drop(connection);
+                    if !patience.pause() {
+                        return Err(failure(operation, subject, cause));
+                    }
                 }
-                Err(_) => {}
             }
         };
-        run(&mut client).map_err(|cause| {
-            if is_connection_loss(cause.as_ref()) {
-                self.shared.losses.fetch_add(1, Ordering::Relaxed);
-            }
-            failure(operation, subject, cause)
-        })
+        self.run(&mut connection, &mut patience, query)
+            .map_err(|cause| failure(operation, subject, cause))
     }
 
-    fn session<'a>(&self, connection: &'a mut PooledConnection<M>) -> impl Session + use<'a, M> {
-        Pooled { connection, prepared: self.shared.options.prepared_statements }
+    /// Runs a query again where others have made the server roll it back: nothing has happened then.
+    fn run<T>(
+        &self,
+        connection: &mut PooledConnection<M>,
+        patience: &mut Patience,
+        mut query: impl FnMut(&mut Pooled<'_, M>) -> Outcome<T>,
+    ) -> Outcome<T> {
+        let prepared_statements = self.shared.options.prepared_statements;
+        loop {
+            let outcome = query(&mut Pooled { connection, prepared_statements });
+            match &outcome {
+                Err(cause) if is_rolled_back(cause.as_ref()) && patience.pause() => continue,
+                Err(cause) if is_connection_loss(cause.as_ref()) => {
+                    self.shared.losses.fetch_add(1, Ordering::Relaxed);
+                }
+                _ => {}
+            }
+            return outcome;
+        }
+    }
+
+    fn patience(&self) -> Patience {
+        let ours = self.shared.watch.is_some();
+        let time = if ours { OPERATION_TIMEOUT } else { self.pool.connection_timeout() };
+        Patience::until(Instant::now() + time, self.pool.max_size())
     }
 
     fn connection(
@@ -320,20 +358,17 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
         subject: impl fmt::Display,
         deadline: Instant,
     ) -> Result<PooledConnection<M>> {
-        let watch = self.shared.watch.as_ref();
         let connection = take(&self.pool, deadline).map_err(|timeout| {
             let size = self.pool.max_size();
             if self.pool.state().connections == size {
                 return no_connection(operation, &subject, AllInUse(size));
             }
-            match watch.and_then(ConnectWatch::last_failure) {
+            match self.shared.watch.as_ref().and_then(ConnectWatch::last_failure) {
                 Some(cause) => no_connection(operation, &subject, cause),
                 None => no_connection(operation, &subject, timeout),
             }
         })?;
-        watch
-            .map_or(Ok(()), ConnectWatch::sessions_of_our_own)
-            .map_err(|cause| failure(operation, subject, cause))?;
+        self.shared.sessions.outcome().map_err(|cause| failure(operation, subject, cause))?;
         Ok(connection)
     }
 }
@@ -357,15 +392,15 @@ impl<M: ManageConnection<Connection = Client>> CheckpointStore for PostgresCheck
     fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
         validate_projection(projection)?;
         let queries = &self.shared.queries;
-        self.repeatable("find", queries.about(projection), |client| {
-            queries.find(&mut self.session(client), projection)
+        self.repeatable("find", queries.about(projection), |session| {
+            queries.find(session, projection)
         })
     }
 
     fn all(&self) -> Result<Vec<Checkpoint>> {
         let queries = &self.shared.queries;
-        self.repeatable("all", format_args!("table {}", queries.table), |client| {
-            queries.all(&mut self.session(client))
+        self.repeatable("all", format_args!("table {}", queries.table), |session| {
+            queries.all(session)
         })
     }
 
@@ -373,26 +408,35 @@ impl<M: ManageConnection<Connection = Client>> CheckpointStore for PostgresCheck
         validate_projection(projection)?;
         validate_offset(offset)?;
         let queries = &self.shared.queries;
-        self.repeatable("save", queries.about(projection), |client| {
-            queries.save(&mut self.session(client), projection, offset)
+        self.repeatable("save", queries.about(projection), |session| {
+            queries.save(session, projection, offset)
         })
     }
 
     fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
         validate_advance(projection, from, to)?;
         let queries = &self.shared.queries;
-        let found = self.once("advance", queries.about(projection), |client| {
-            queries.advance(&mut self.session(client), projection, from, to)
-        })?;
-        Queries::moved_or_conflict(projection, from, found)
+        self.once("advance", queries.about(projection), |session| {
+            queries.advance(session, projection, from, to)
+        })?
+        .or_conflict(projection, from)
     }
 
     fn delete(&self, projection: &str) -> Result<bool> {
         validate_projection(projection)?;
         let queries = &self.shared.queries;
-        self.repeatable("delete", queries.about(projection), |client| {
-            queries.delete(&mut self.session(client), projection)
+        self.repeatable("delete", queries.about(projection), |session| {
+            queries.delete(session, projection)
         })
+    }
+
+    fn get(&self, projection: &str) -> Result<i64> {
+        validate_projection(projection)?;
+        let queries = &self.shared.queries;
+        let found = self.repeatable("get", queries.about(projection), |session| {
+            queries.find(session, projection)
+        })?;
+        Ok(found.map_or(0, |checkpoint| checkpoint.offset))
     }
 
     fn save_many(&self, checkpoints: &[(&str, i64)]) -> Result<()> {
@@ -401,8 +445,8 @@ impl<M: ManageConnection<Connection = Client>> CheckpointStore for PostgresCheck
             return Ok(());
         }
         let queries = &self.shared.queries;
-        self.repeatable("save_many", queries.about_many(checkpoints), |client| {
-            queries.save_many(&mut self.session(client), checkpoints)
+        self.repeatable("save_many", queries.about_many(checkpoints), |session| {
+            queries.save_many(session, checkpoints)
         })
     }
 }

@@ -1,16 +1,15 @@
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use postgres::{Client, Config};
 use r2d2::event::AcquireEvent;
-use r2d2::{
-    CustomizeConnection, HandleError, HandleEvent, ManageConnection, Pool, PooledConnection,
-};
+use r2d2::{HandleError, HandleEvent, ManageConnection, Pool, PooledConnection};
+use r2d2_postgres::PostgresConnectionManager;
 
 /// How long an operation waits for a connection of a pool that the builder made.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const OPERATION_TIMEOUT: Duration = Duration::from_secs(30);
 /// The time-out of such a pool itself. It is shorter because r2d2 pauses for up to half of it
 /// between two attempts to connect, and so long does an outage seem to last after its end.
 pub(crate) const POOL_TIMEOUT: Duration = Duration::from_secs(4);
@@ -48,6 +47,39 @@ pub(crate) fn bound_network_waits(config: &mut Config) {
     }
 }
 
+/// How long one operation goes on trying, and how long it pauses before it tries again.
+pub(crate) struct Patience {
+    pub(crate) deadline: Instant,
+    tries_at_once: u32,
+    next_pause: Duration,
+}
+
+impl Patience {
+    const FIRST_PAUSE: Duration = Duration::from_millis(5);
+    const LONGEST_PAUSE: Duration = Duration::from_millis(200);
+
+    /// Does not pause while what fails may be one of the pool's idle connections after another.
+    pub(crate) fn until(deadline: Instant, connections: u32) -> Self {
+        Self { deadline, tries_at_once: connections, next_pause: Self::FIRST_PAUSE }
+    }
+
+    /// Pauses before the next try; `false` when there is no time for one.
+    pub(crate) fn pause(&mut self) -> bool {
+        let mut pause = Duration::ZERO;
+        if self.tries_at_once > 0 {
+            self.tries_at_once -= 1;
+        } else {
+            pause = self.next_pause;
+            self.next_pause = (pause * 2).min(Self::LONGEST_PAUSE);
+        }
+        let in_time = Instant::now() + pause < self.deadline;
+        if in_time {
+            thread::sleep(pause);
+        }
+        in_time
+    }
+}
+
 /// Takes a connection out of the pool, and waits for one until the deadline.
 pub(crate) fn take<M: ManageConnection>(
     pool: &Pool<M>,
@@ -60,7 +92,8 @@ pub(crate) fn take<M: ManageConnection>(
             Ok(connection) => return Ok(connection),
             Err(timeout) => timeout,
         };
-        // r2d2 tells only once why an attempt to connect has failed.
+        // r2d2 puts into one message, and one only, why an attempt to connect has failed: keep the
+        // one that has it, which is the longer one.
         let told = match reason.take() {
             Some(earlier) if earlier.to_string().len() > timeout.to_string().len() => earlier,
             _ => timeout,
@@ -74,97 +107,43 @@ pub(crate) fn take<M: ManageConnection>(
 
 /// None of the pool's connections was given back in time.
 #[derive(Debug, thiserror::Error)]
-#[error("all connections of the pool are in use ({0})")]
+#[error("all connections of the pool are in use ({0}), perhaps by the calling thread itself")]
 pub(crate) struct AllInUse(pub(crate) u32);
 
-/// Keeps what r2d2 only logs: why the last attempt to connect failed.
+/// Makes one connection, to hear at once what is wrong with it. In a thread of its own, for nothing
+/// else bounds how long a server that stands still may take; and not by the pool, whose threads
+/// would live on for half a minute when there is no store in the end.
+pub(crate) fn connect_within<T>(
+    timeout: Duration,
+    manager: PostgresConnectionManager<T>,
+) -> Result<Client, NoConnection>
+where
+    PostgresConnectionManager<T>: ManageConnection<Connection = Client, Error = postgres::Error>,
+{
+    let (sender, receiver) = mpsc::sync_channel(1);
+    thread::spawn(move || {
+        // Nobody listens any more when the time is over.
+        let _ = sender.send(manager.connect());
+    });
+    match receiver.recv_timeout(timeout) {
+        Ok(Ok(client)) => Ok(client),
+        Ok(Err(cause)) => Err(NoConnection { cause: Some(Arc::new(cause)) }),
+        Err(_) => Err(NoConnection { cause: None }),
+    }
+}
+
+/// Keeps what r2d2 only logs: why the last attempt to connect failed, if it did.
 #[derive(Clone, Default)]
-pub(crate) struct ConnectWatch(Arc<Watched>);
-
-#[derive(Default)]
-struct Watched {
-    last: Mutex<Option<Attempt>>,
-    changed: Condvar,
-    shared_session: AtomicBool,
-}
-
-enum Attempt {
-    Connected,
-    Failed(Arc<postgres::Error>),
-}
+pub(crate) struct ConnectWatch(Arc<Mutex<Option<Arc<postgres::Error>>>>);
 
 impl ConnectWatch {
-    fn last(&self) -> MutexGuard<'_, Option<Attempt>> {
-        self.0.last.lock().unwrap_or_else(PoisonError::into_inner)
+    fn last(&self) -> MutexGuard<'_, Option<Arc<postgres::Error>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn record(&self, attempt: Attempt) {
-        *self.last() = Some(attempt);
-        self.0.changed.notify_all();
-    }
-
-    /// Waits for the first attempt to end, either way.
-    pub(crate) fn first_attempt(&self, timeout: Duration) -> Result<(), NoConnection> {
-        let deadline = Instant::now() + timeout;
-        let mut last = self.last();
-        loop {
-            match &*last {
-                Some(Attempt::Connected) => return Ok(()),
-                Some(Attempt::Failed(cause)) => {
-                    return Err(NoConnection { cause: Some(Arc::clone(cause)) });
-                }
-                None => {}
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(NoConnection { cause: None });
-            }
-            let waited = self.0.changed.wait_timeout(last, left);
-            last = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    /// Why there is no connection to be had, if attempts to make one are failing.
     pub(crate) fn last_failure(&self) -> Option<NoConnection> {
-        match &*self.last() {
-            Some(Attempt::Failed(cause)) => Some(NoConnection { cause: Some(Arc::clone(cause)) }),
-            _ => None,
-        }
+        self.last().clone().map(|cause| NoConnection { cause: Some(cause) })
     }
-
-    /// Fails once a new connection has been found to be another one's server session.
-    pub(crate) fn sessions_of_our_own(&self) -> Result<(), SharedSession> {
-        if self.0.shared_session.load(Ordering::Relaxed) {
-            return Err(SharedSession { cause: None });
-        }
-        Ok(())
-    }
-}
-
-/// Looks at each new connection of a store that keeps prepared statements.
-///
-/// The `postgres` crate names them `s0`, `s1` and so on, in every program alike. A server session
-/// begins without any, so one that has such names is passed around by a pooler, and `s0` may be
-/// another program's. A pooler that keeps its clients' statements apart gives them other names.
-impl CustomizeConnection<Client, postgres::Error> for ConnectWatch {
-    fn on_acquire(&self, client: &mut Client) -> Result<(), postgres::Error> {
-        let sql = "SELECT EXISTS (SELECT FROM pg_prepared_statements WHERE name ~ '^s[0-9]+$')";
-        if client.query_typed_one(sql, &[])?.try_get(0)? {
-            self.0.shared_session.store(true, Ordering::Relaxed);
-        }
-        Ok(())
-    }
-}
-
-/// Prepared statements cannot be kept here.
-#[derive(Debug, thiserror::Error)]
-#[error(
-    "prepared statements of several clients meet in one server session: a pooler hands out \
-     connections by the transaction, and prepared_statements(true) does not go with that"
-)]
-pub(crate) struct SharedSession {
-    #[source]
-    pub(crate) cause: Option<postgres::Error>,
 }
 
 impl fmt::Debug for ConnectWatch {
@@ -175,13 +154,13 @@ impl fmt::Debug for ConnectWatch {
 
 impl HandleError<postgres::Error> for ConnectWatch {
     fn handle_error(&self, error: postgres::Error) {
-        self.record(Attempt::Failed(Arc::new(error)));
+        *self.last() = Some(Arc::new(error));
     }
 }
 
 impl HandleEvent for ConnectWatch {
     fn handle_acquire(&self, _: AcquireEvent) {
-        self.record(Attempt::Connected);
+        *self.last() = None;
     }
 }
 
@@ -203,5 +182,36 @@ impl fmt::Display for NoConnection {
 impl std::error::Error for NoConnection {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.cause.as_deref().map(|cause| cause as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dead_network_is_bounded_where_the_caller_has_not_bounded_it() {
+        let bounds = |params: &str| -> Result<_, postgres::Error> {
+            let mut config = params.parse()?;
+            bound_network_waits(&mut config);
+            Ok((
+                config.get_connect_timeout().copied(),
+                config.get_tcp_user_timeout().copied(),
+                config.get_keepalives_idle(),
+                config.get_keepalives_interval(),
+                config.get_keepalives_retries(),
+            ))
+        };
+        let seconds = Duration::from_secs;
+        assert_eq!(
+            bounds("host=localhost").expect("valid parameters"),
+            (Some(seconds(4)), Some(seconds(10)), seconds(10), Some(seconds(3)), Some(3))
+        );
+        let of_the_callers = "host=localhost connect_timeout=61 tcp_user_timeout=62 \
+                              keepalives_idle=63 keepalives_interval=64 keepalives_retries=65";
+        assert_eq!(
+            bounds(of_the_callers).expect("valid parameters"),
+            (Some(seconds(61)), Some(seconds(62)), seconds(63), Some(seconds(64)), Some(65))
+        );
     }
 }

@@ -1,50 +1,47 @@
 use std::collections::BTreeMap;
-use std::error::Error as StdError;
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use postgres::Row;
 use postgres::types::{FromSql, Type};
 
+use super::failure::{Cause, Outcome};
 use super::identifier::Table;
-use super::session::{Session, Statement};
+use super::session::{Query, Session};
 use crate::{Checkpoint, Error};
 
-/// A `postgres::Error` in most cases; a plain message where the server did not do as it was told.
-type Outcome<T> = Result<T, Box<dyn StdError + Send + Sync>>;
-
-/// One function an operation, for the pool and for the caller's transaction alike.
+/// One function per operation, for the pool and for the caller's transaction alike.
 #[derive(Debug)]
 pub(crate) struct Queries {
     pub(crate) table: Table,
-    find: Statement,
-    all: Statement,
-    save: Statement,
-    save_many: Statement,
-    advance: Statement,
-    delete: Statement,
-    lock: Statement,
-    try_lock: Statement,
+    find: Query,
+    all: Query,
+    save: Query,
+    save_many: Query,
+    advance: Query,
+    delete: Query,
+    lock: Query,
+    try_lock: Query,
 }
 
 impl Queries {
     pub(crate) fn new(table: Table) -> Self {
-        let statement = |sql, parameters| Statement { sql: table.render(sql), parameters };
+        let query = |sql, parameters| Query { sql: table.render(sql), parameters };
         Self {
-            find: statement(include_str!("../../sql/find.sql"), &[Type::TEXT]),
-            all: statement(include_str!("../../sql/all.sql"), &[]),
-            save: statement(include_str!("../../sql/save.sql"), &[Type::TEXT, Type::INT8]),
-            save_many: statement(
+            find: query(include_str!("../../sql/find.sql"), &[Type::TEXT]),
+            all: query(include_str!("../../sql/all.sql"), &[]),
+            save: query(include_str!("../../sql/save.sql"), &[Type::TEXT, Type::INT8]),
+            save_many: query(
                 include_str!("../../sql/save_many.sql"),
                 &[Type::TEXT_ARRAY, Type::INT8_ARRAY],
             ),
-            advance: statement(
+            advance: query(
                 include_str!("../../sql/advance.sql"),
                 &[Type::TEXT, Type::INT8, Type::INT8],
             ),
-            delete: statement(include_str!("../../sql/delete.sql"), &[Type::TEXT]),
-            lock: statement(include_str!("../../sql/lock.sql"), &[Type::TEXT]),
-            try_lock: statement(include_str!("../../sql/try_lock.sql"), &[Type::TEXT]),
+            delete: query(include_str!("../../sql/delete.sql"), &[Type::TEXT]),
+            lock: query(include_str!("../../sql/lock.sql"), &[Type::TEXT]),
+            try_lock: query(include_str!("../../sql/try_lock.sql"), &[Type::TEXT]),
             table,
         }
     }
@@ -86,51 +83,37 @@ impl Queries {
         session: &mut impl Session,
         checkpoints: &[(&str, i64)],
     ) -> Outcome<()> {
-        if checkpoints.is_empty() {
-            return Ok(());
-        }
         let last: BTreeMap<&str, i64> = checkpoints.iter().copied().collect();
         let (names, offsets): (Vec<&str>, Vec<i64>) = last.into_iter().unzip();
         written(session.execute(&self.save_many, &[&names, &offsets])?, names.len())
     }
 
-    /// The offset that was found instead of `from`, or `None` when the checkpoint has moved.
     pub(crate) fn advance(
         &self,
         session: &mut impl Session,
         projection: &str,
         from: i64,
         to: i64,
-    ) -> Outcome<Option<i64>> {
+    ) -> Outcome<Advance> {
         // Nothing found and nothing moved, though `from` is 0: another transaction has created the
         // row since this statement began. The next statement sees it.
         const ATTEMPTS: usize = 8;
-        for _ in 0..ATTEMPTS {
+        for attempt in 0..ATTEMPTS {
             let rows = session.query(&self.advance, &[&projection, &from, &to])?;
             let row = rows.first().ok_or("the server returned no row")?;
             if row.try_get("moved")? {
-                return Ok(None);
+                return Ok(Advance::Moved);
             }
             match row.try_get("found")? {
-                Some(found) => return Ok(Some(found)),
-                None if from != 0 => return Ok(Some(0)),
+                // It was where it was to be, and was not moved.
+                Some(found) if found == from => break,
+                Some(found) => return Ok(Advance::Found(found)),
+                // Asked again, for it may have been deleted and created under this statement.
+                None if from != 0 && attempt > 0 => return Ok(Advance::Found(0)),
                 None => {}
             }
         }
         Err(NOTHING_WRITTEN.into())
-    }
-
-    pub(crate) fn moved_or_conflict(
-        projection: &str,
-        expected: i64,
-        found: Option<i64>,
-    ) -> crate::Result<()> {
-        match found {
-            None => Ok(()),
-            Some(found) => {
-                Err(Error::Conflict { projection: projection.to_owned(), expected, found })
-            }
-        }
     }
 
     pub(crate) fn delete(&self, session: &mut impl Session, projection: &str) -> Outcome<bool> {
@@ -146,19 +129,35 @@ impl Queries {
         &self,
         session: &mut impl Session,
         projection: &str,
-    ) -> Outcome<Attempt> {
+    ) -> Outcome<TryLock> {
         let rows = session.query(&self.try_lock, &[&projection])?;
         let row = rows.first().ok_or("the server returned no row")?;
         Ok(match row.try_get("held")? {
-            Some(offset) => Attempt::Held(offset),
-            None if row.try_get("present")? => Attempt::Taken,
-            None => Attempt::Absent,
+            Some(offset) => TryLock::Held(offset),
+            None if row.try_get("present")? => TryLock::Taken,
+            None => TryLock::Absent,
         })
     }
 }
 
+/// What a compare-and-set came to.
+pub(crate) enum Advance {
+    Moved,
+    /// It is here instead of where it was expected, and stays.
+    Found(i64),
+}
+
+impl Advance {
+    pub(crate) fn or_conflict(self, projection: &str, expected: i64) -> crate::Result<()> {
+        match self {
+            Self::Moved => Ok(()),
+            Self::Found(found) => Err(Error::conflict(projection, expected, found)),
+        }
+    }
+}
+
 /// What one look at a projection's row, without waiting, came to.
-pub(crate) enum Attempt {
+pub(crate) enum TryLock {
     Held(i64),
     Taken,
     Absent,
@@ -181,7 +180,7 @@ fn checkpoint(row: &Row) -> Outcome<Checkpoint> {
 struct Timestamp(SystemTime);
 
 impl<'a> FromSql<'a> for Timestamp {
-    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn StdError + Send + Sync>> {
+    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Cause> {
         const SECONDS_FROM_1970_TO_2000: u64 = 946_684_800;
         let since_2000 = i64::from_be_bytes(raw.try_into()?);
         let distance = Duration::from_micros(since_2000.unsigned_abs());
@@ -202,7 +201,7 @@ impl<'a> FromSql<'a> for Timestamp {
 mod tests {
     use super::*;
 
-    fn rendered(queries: &Queries) -> [(&Statement, &'static str); 8] {
+    fn rendered(queries: &Queries) -> [(&Query, &'static str); 8] {
         [
             (&queries.find, include_str!("../../sql/find.sql")),
             (&queries.all, include_str!("../../sql/all.sql")),
@@ -219,9 +218,9 @@ mod tests {
     fn a_rendered_statement_differs_from_its_file_in_nothing_but_the_tables_name()
     -> crate::Result<()> {
         let queries = Queries::new(Table::new("app \"one\"", "Check;points")?);
-        for (statement, file) in rendered(&queries) {
-            assert_ne!(statement.sql, file);
-            let back = statement
+        for (query, file) in rendered(&queries) {
+            assert_ne!(query.sql, file);
+            let back = query
                 .sql
                 .replace("\"app \"\"one\"\"\".\"Check;points\"", "public.projection_checkpoints");
             assert_eq!(back, file);

@@ -1,8 +1,8 @@
 use postgres::Transaction;
 use postgres::error::SqlState;
 
-use super::failure::failure;
-use super::queries::{Attempt, Queries};
+use super::failure::{Cause, Outcome, failure, sql_state};
+use super::queries::{Queries, TryLock};
 use super::session::Unnamed;
 use crate::checkpoint::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, Error, Result};
@@ -16,7 +16,8 @@ use crate::{Checkpoint, Error, Result};
 /// is for the caller to say.
 ///
 /// Bad input is refused before anything is sent, so it leaves the transaction usable. Any other
-/// error has aborted it, except where a method says otherwise.
+/// error has aborted it, except where a method says otherwise, and except that a trigger has
+/// discarded a row: roll back then.
 ///
 /// # Save last, and return on `Err`
 ///
@@ -91,7 +92,12 @@ impl InTransaction<'_, '_> {
     /// # Ok(()) }
     /// ```
     pub fn get(&mut self, projection: &str) -> Result<i64> {
-        Ok(self.find(projection)?.map_or(0, |checkpoint| checkpoint.offset))
+        validate_projection(projection)?;
+        let found = self
+            .queries
+            .find(&mut Unnamed(self.tx), projection)
+            .map_err(|cause| self.failed("get", projection, cause))?;
+        Ok(found.map_or(0, |checkpoint| checkpoint.offset))
     }
 
     /// Sets the checkpoint, forwards or back, from the commit on. One round trip.
@@ -136,6 +142,9 @@ impl InTransaction<'_, '_> {
     /// ```
     pub fn save_many(&mut self, checkpoints: &[(&str, i64)]) -> Result<()> {
         validate_all(checkpoints)?;
+        if checkpoints.is_empty() {
+            return Ok(());
+        }
         self.queries
             .save_many(&mut Unnamed(self.tx), checkpoints)
             .map_err(|cause| failure("save_many", self.queries.about_many(checkpoints), cause))
@@ -165,11 +174,10 @@ impl InTransaction<'_, '_> {
     /// ```
     pub fn advance(&mut self, projection: &str, from: i64, to: i64) -> Result<()> {
         validate_advance(projection, from, to)?;
-        let found = self
-            .queries
+        self.queries
             .advance(&mut Unnamed(self.tx), projection, from, to)
-            .map_err(|cause| self.failed("advance", projection, cause))?;
-        Queries::moved_or_conflict(projection, from, found)
+            .map_err(|cause| self.failed("advance", projection, cause))?
+            .or_conflict(projection, from)
     }
 
     /// Forgets the projection, and says whether there was a checkpoint. One round trip.
@@ -201,8 +209,8 @@ impl InTransaction<'_, '_> {
     /// It waits as long as that takes; `SET LOCAL lock_timeout` bounds it, and its error
     /// [is transient](Error::is_transient).
     ///
-    /// With [`save`](InTransaction::save) and the commit that makes exactly once. Call it first in
-    /// the transaction: what was read before it may be out of date.
+    /// Together with [`save`](InTransaction::save) and the commit, each event counts exactly once.
+    /// Call it first in the transaction: what was read before it may be out of date.
     ///
     /// # Errors
     ///
@@ -229,8 +237,9 @@ impl InTransaction<'_, '_> {
     /// projection, even while that one is still creating it. One round trip when the projection
     /// has a checkpoint; a few when it has to be created.
     ///
-    /// `None` leaves the transaction usable. It never waits for another transaction's row; a lock
-    /// on the whole table, as `VACUUM FULL` takes it, it does wait for.
+    /// `None` leaves the transaction usable. It never waits for another transaction's row. It does
+    /// wait for a lock on the whole table, as `VACUUM FULL` takes it; while the table may only be
+    /// read, as under `CREATE INDEX`, a projection that would have to be created is `None` too.
     ///
     /// # Errors
     ///
@@ -253,9 +262,9 @@ impl InTransaction<'_, '_> {
             .try_lock(&mut Unnamed(self.tx), projection)
             .map_err(|cause| self.failed("try_lock", projection, cause))?;
         match attempt {
-            Attempt::Held(offset) => Ok(Some(offset)),
-            Attempt::Taken => Ok(None),
-            Attempt::Absent => self
+            TryLock::Held(offset) => Ok(Some(offset)),
+            TryLock::Taken => Ok(None),
+            TryLock::Absent => self
                 .lock_absent(projection)
                 .map_err(|cause| self.failed("try_lock", projection, cause)),
         }
@@ -264,10 +273,7 @@ impl InTransaction<'_, '_> {
     /// `lock` creates the row, and waits for whoever else is creating it: here a millisecond, the
     /// shortest time that PostgreSQL knows. The savepoint keeps a time-out from aborting the
     /// caller's transaction, and the setting from outliving this call.
-    fn lock_absent(
-        &mut self,
-        projection: &str,
-    ) -> Result<Option<i64>, Box<dyn std::error::Error + Send + Sync>> {
+    fn lock_absent(&mut self, projection: &str) -> Outcome<Option<i64>> {
         let mut savepoint = self.tx.transaction()?;
         let caller = savepoint.query_typed_one(
             "SELECT current_setting('lock_timeout'), set_config('lock_timeout', '1ms', true)",
@@ -283,7 +289,7 @@ impl InTransaction<'_, '_> {
                 savepoint.commit()?;
                 Ok(Some(offset))
             }
-            Err(cause) if is_lock_timeout(cause.as_ref()) => {
+            Err(cause) if sql_state(cause.as_ref()) == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
                 savepoint.rollback()?;
                 Ok(None)
             }
@@ -291,17 +297,7 @@ impl InTransaction<'_, '_> {
         }
     }
 
-    fn failed(
-        &self,
-        operation: &'static str,
-        projection: &str,
-        cause: Box<dyn std::error::Error + Send + Sync>,
-    ) -> Error {
+    fn failed(&self, operation: &'static str, projection: &str, cause: Cause) -> Error {
         failure(operation, self.queries.about(projection), cause)
     }
-}
-
-fn is_lock_timeout(error: &(dyn std::error::Error + 'static)) -> bool {
-    let code = error.downcast_ref::<postgres::Error>().and_then(postgres::Error::code);
-    code == Some(&SqlState::LOCK_NOT_AVAILABLE)
 }

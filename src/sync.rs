@@ -1,0 +1,11 @@
+//! In unit tests these are loom's, which tries every interleaving of the threads, and work only
+//! inside `loom::model`.
+
+#[cfg(test)]
+pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
+#[cfg(test)]
+pub(crate) use loom::thread::yield_now;
+#[cfg(not(test))]
+pub(crate) use std::sync::{Condvar, Mutex, MutexGuard};
+#[cfg(not(test))]
+pub(crate) use std::thread::yield_now;
