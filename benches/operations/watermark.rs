@@ -34,7 +34,7 @@ struct Stream {
 /// What one thread has begun and not completed.
 struct InFlight {
     offsets: VecDeque<i64>,
-    random: u64,
+    random: fastrand::Rng,
 }
 
 impl Stream {
@@ -43,7 +43,10 @@ impl Stream {
             watermark: Watermark::starting_at(0),
             next: Mutex::new(1),
             in_flight: (1..=threads as u64)
-                .map(|random| Mutex::new(InFlight { offsets: VecDeque::new(), random }))
+                .map(|seed| {
+                    let random = fastrand::Rng::with_seed(seed);
+                    Mutex::new(InFlight { offsets: VecDeque::new(), random })
+                })
                 .collect(),
         };
         for slot in 0..window.max(threads) {
@@ -68,17 +71,10 @@ impl Stream {
                 &mut *self.in_flight[thread].lock().expect("no panic");
             for _ in 0..each {
                 offsets.push_back(self.begin());
-                let chosen = usize::try_from(xorshift(random) % 1_000_003).expect("small");
-                let done = offsets.swap_remove_back(chosen % offsets.len()).expect("in flight");
+                let chosen = random.usize(..offsets.len());
+                let done = offsets.swap_remove_back(chosen).expect("in flight");
                 self.watermark.complete(done).expect("in flight");
             }
         })
     }
-}
-
-fn xorshift(state: &mut u64) -> u64 {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    *state
 }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use checkpoint_store::{
     Cadence, Checkpoint, CheckpointStore, Checkpointer, Error, MemoryCheckpointStore, Result,
@@ -198,18 +198,6 @@ impl CheckpointStore for Negative {
 }
 
 #[test]
-#[should_panic(expected = "every 0 events")]
-fn a_cadence_of_every_0_events_panics() {
-    let _ = Cadence::every(0);
-}
-
-#[test]
-#[should_panic(expected = "every 0 events")]
-fn a_cadence_of_or_every_0_events_panics() {
-    let _ = Cadence::within(Duration::from_secs(1)).or_every(0);
-}
-
-#[test]
 fn a_failed_save_stays_pending_and_is_due_at_once() {
     type Call = fn(&mut Checkpointer<&Unreliable>) -> Result<bool>;
     let next_calls: [Call; 4] = [
@@ -309,6 +297,33 @@ fn a_rival_is_found_out_even_while_a_save_is_in_doubt() {
         assert!(matches!(conflict, Error::Conflict { expected: 0, found: 2, .. }), "{conflict:?}");
     }
     assert_eq!((checkpointer.saved(), store.stored()), (0, 2));
+}
+
+#[test]
+fn once_a_doubt_is_settled_that_offset_is_a_rivals_again() {
+    for fault in [LostBefore, LostAfter] {
+        let store = Unreliable::default();
+        let mut checkpointer = resume(&store, Cadence::every(1));
+        store.next_fails(&[fault]);
+        checkpointer.processed(3).unwrap_err();
+        assert!(checkpointer.processed(5).unwrap(), "the doubt is settled");
+        store.save("orders", 3).unwrap();
+        let conflict = checkpointer.processed(6).unwrap_err();
+        assert!(matches!(conflict, Error::Conflict { expected: 5, found: 3, .. }), "{conflict:?}");
+    }
+}
+
+#[test]
+fn so_is_an_offset_that_was_in_doubt_before_the_one_that_settled_it() {
+    let store = Unreliable::default();
+    let mut checkpointer = resume(&store, Cadence::every(1));
+    store.next_fails(&[LostBefore, LostAfter]);
+    checkpointer.processed(2).unwrap_err();
+    checkpointer.processed(3).unwrap_err();
+    assert!(checkpointer.flush().unwrap(), "it is at 3");
+    store.save("orders", 2).unwrap();
+    let conflict = checkpointer.processed(6).unwrap_err();
+    assert!(matches!(conflict, Error::Conflict { expected: 3, found: 2, .. }), "{conflict:?}");
 }
 
 fn a_second_runner_is_found_out(store: &dyn CheckpointStore) {

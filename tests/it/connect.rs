@@ -107,5 +107,7 @@ fn a_pool_of_no_connections_is_refused() {
 #[test]
 fn connections_are_opened_as_they_are_needed() {
     let store = PostgresCheckpointStore::connect(&server().params()).unwrap();
-    assert_eq!((store.pool().state().connections, store.pool().max_size()), (1, 10));
+    assert_eq!((store.pool().state().connections, store.pool().max_size()), (0, 10));
+    store.migrate().unwrap();
+    assert_eq!(store.pool().state().connections, 1);
 }

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use checkpoint_store::{
-    Checkpoint, CheckpointStore, Error, MemoryCheckpointStore, PostgresCheckpointStore, Result,
-    conformance, validate_offset, validate_projection,
+    Checkpoint, CheckpointStore, Error, GroupedCheckpointStore, MemoryCheckpointStore,
+    PostgresCheckpointStore, Result, Watermark, conformance, validate_offset, validate_projection,
 };
 
 use crate::harness::Schema;
@@ -38,6 +38,8 @@ fn stores_are_shared_among_threads_and_errors_are_passed_on() {
     is_shared::<MemoryCheckpointStore>();
     is_shared::<PostgresCheckpointStore>();
     is_shared::<Box<dyn CheckpointStore>>();
+    is_shared::<GroupedCheckpointStore<Arc<dyn CheckpointStore>>>();
+    is_shared::<Watermark>();
     is_shared::<Error>();
     is_shared::<Checkpoint>();
 }
@@ -139,16 +141,14 @@ fn assert_found(store: &dyn CheckpointStore, promise: &str) {
 
 #[test]
 fn a_store_that_drops_some_saves_is_found() {
-    for one_in in [2, 10, 97] {
-        let store = Broken {
-            save: match one_in {
-                2 => |this, projection, offset| drop_one_in(2, this, projection, offset),
-                10 => |this, projection, offset| drop_one_in(10, this, projection, offset),
-                _ => |this, projection, offset| drop_one_in(97, this, projection, offset),
-            },
-            ..Broken::default()
-        };
-        assert_found(&store, "saved");
+    type Save = fn(&Broken, &str, i64) -> Result<()>;
+    let saves: [(Save, &str); 3] = [
+        (|this, name, offset| drop_one_in(2, this, name, offset), "was saved, and is not found"),
+        (|this, name, offset| drop_one_in(10, this, name, offset), "what was saved, each time"),
+        (|this, name, offset| drop_one_in(97, this, name, offset), "what was saved, each time"),
+    ];
+    for (save, promise) in saves {
+        assert_found(&Broken { save, ..Broken::default() }, promise);
     }
 }
 

@@ -56,7 +56,6 @@ fn times_that_nobody_lives_in_are_values() {
             }
             other => panic!("{time}: {other:?}"),
         }
-        assert!(!health.to_string().is_empty());
         // A save puts it right.
         let mut checkpointer = Checkpointer::resume(store, time, Cadence::every(1)).unwrap();
         assert_eq!(checkpointer.offset(), 42);
@@ -85,19 +84,17 @@ fn a_negative_offset_is_told_as_it_is_and_can_be_replaced() {
             let health = HealthCheck::new()
                 .stalled_after(Duration::from_secs(1))
                 .assess(&status, SystemTime::now());
-            assert!(!health.to_string().is_empty());
+            assert!(matches!(health, Health::Stalled { .. }), "{health:?}");
         }
         // A compare-and-set neither takes it for none nor compares with it.
-        for error in [
-            store.advance("orders", offset, 5).unwrap_err(),
-            store.advance("orders", 0, 5).unwrap_err(),
-        ] {
-            match error {
-                Error::InvalidOffset { offset: named, .. } => assert_eq!(named, offset),
-                Error::Conflict { expected: 0, found, .. } => assert_eq!(found, offset),
-                other => panic!("{other:?}"),
-            }
-        }
+        let refused = store.advance("orders", offset, 5);
+        assert!(
+            matches!(refused, Err(Error::InvalidOffset { offset: named, .. }) if named == offset)
+        );
+        let conflict = store.advance("orders", 0, 5);
+        assert!(
+            matches!(conflict, Err(Error::Conflict { expected: 0, found, .. }) if found == offset)
+        );
         let mut client = schema.client();
         let mut tx = client.transaction().unwrap();
         assert_eq!(store.in_transaction(&mut tx).lock("orders").unwrap(), offset);

@@ -22,12 +22,6 @@ fn the_contract_holds_over_postgres() {
     conformance::verify(&GroupedCheckpointStore::new(Schema::new().store));
 }
 
-#[test]
-fn it_is_shared_among_threads() {
-    fn is_shared<T: Send + Sync>() {}
-    is_shared::<GroupedCheckpointStore<Arc<dyn CheckpointStore>>>();
-}
-
 /// A memory store that holds every save until it is told to go on, and writes down what came.
 struct Gated {
     memory: MemoryCheckpointStore,

@@ -1,8 +1,8 @@
 //! Input that nobody would think of, and the memory store as the model of what comes of it.
 
-use checkpoint_store::postgres::{Client, NoTls, Transaction};
-use checkpoint_store::r2d2::Pool;
-use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
+use std::time::Duration;
+
+use checkpoint_store::postgres::{Client, Transaction};
 use checkpoint_store::{
     Checkpoint, CheckpointStore, Error, MemoryCheckpointStore, PostgresCheckpointStore, Result,
 };
@@ -12,7 +12,6 @@ use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
 use crate::harness::{self, Schema};
 
-/// Ten thousand in all, with those on identifiers in the crate itself not counted.
 const SEQUENCES: u32 = 6_000;
 const SINGLE_NAMES: u32 = 3_700;
 const IDENTIFIERS: u32 = 300;
@@ -298,8 +297,7 @@ fn identifiers() -> impl Strategy<Value = String> {
 #[test]
 fn any_schema_and_table_is_the_one_that_the_server_finds_under_that_name() {
     let database = harness::fresh_database();
-    let manager = PostgresConnectionManager::new(database.parse().unwrap(), NoTls);
-    let pool = Pool::builder().max_size(1).test_on_check_out(false).build_unchecked(manager);
+    let pool = harness::pool(&database, 1, Duration::from_secs(30));
     let admin = std::cell::RefCell::new(harness::client(&database));
     runner(IDENTIFIERS)
         .run(&(identifiers(), identifiers()), |(schema, table)| {
@@ -348,10 +346,14 @@ fn any_schema_and_table_is_the_one_that_the_server_finds_under_that_name() {
                 (schema.clone(), table)
             );
             prop_assert_eq!(store.get("orders").unwrap(), 7);
-            let drop = "SELECT format('DROP TABLE %I.%I', schemaname, tablename) FROM pg_tables
+            let mut tx = admin.transaction().unwrap();
+            prop_assert_eq!(store.in_transaction(&mut tx).lock("orders").unwrap(), 7);
+            prop_assert_eq!(store.in_transaction(&mut tx).try_lock("orders").unwrap(), Some(7));
+            drop(tx);
+            let drop_it = "SELECT format('DROP TABLE %I.%I', schemaname, tablename) FROM pg_tables
                         WHERE schemaname NOT IN ('pg_catalog', 'information_schema')";
-            let drop: String = admin.query_one(drop, &[]).unwrap().get(0);
-            admin.batch_execute(&drop).unwrap();
+            let drop_it: String = admin.query_one(drop_it, &[]).unwrap().get(0);
+            admin.batch_execute(&drop_it).unwrap();
             Ok(())
         })
         .unwrap();

@@ -6,18 +6,7 @@ use std::thread;
 use checkpoint_store::postgres::Client;
 use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore};
 
-use crate::harness::{Schema, wait_until};
-
-/// Waits until a connection of this schema waits for a lock.
-fn wait_for_a_waiter(schema: &Schema) {
-    let mut observer = schema.client();
-    wait_until("somebody waits", || {
-        let query = "SELECT count(*) FROM pg_stat_activity, pg_locks
-                     WHERE pg_locks.pid = pg_stat_activity.pid AND NOT granted
-                       AND query LIKE '%' || $1 || '%'";
-        observer.query_one(query, &[&schema.name]).unwrap().get::<_, i64>(0) > 0
-    });
-}
+use crate::harness::{Schema, wait_for_a_waiter};
 
 fn the_second_waits_and_sees_the_firsts_offset(schema: &Schema) {
     let mut client = schema.client();
@@ -29,7 +18,7 @@ fn the_second_waits_and_sees_the_firsts_offset(schema: &Schema) {
             let mut tx = client.transaction().unwrap();
             schema.store.in_transaction(&mut tx).lock("orders").unwrap()
         });
-        wait_for_a_waiter(schema);
+        wait_for_a_waiter(&mut schema.client(), &schema.name);
         schema.store.in_transaction(&mut tx).save("orders", start + 5).unwrap();
         tx.commit().unwrap();
         assert_eq!(second.join().unwrap(), start + 5);
@@ -44,7 +33,7 @@ fn the_second_of_two_that_lock_waits_and_sees_the_firsts_offset() {
 }
 
 #[test]
-fn the_same_holds_while_the_first_is_still_creating_the_checkpoint() {
+fn the_second_waits_for_the_first_that_is_still_creating_the_checkpoint() {
     the_second_waits_and_sees_the_firsts_offset(&Schema::new());
 }
 
@@ -132,11 +121,81 @@ fn try_lock_takes_what_nobody_holds_and_creates_what_is_not_there() {
     assert_eq!(schema.store.in_transaction(&mut tx).try_lock("orders").unwrap(), Some(4));
     thread::scope(|scope| {
         let waiter = scope.spawn(|| schema.store.save("orders", 9));
-        wait_for_a_waiter(&schema);
+        wait_for_a_waiter(&mut schema.client(), &schema.name);
         tx.commit().unwrap();
         waiter.join().unwrap().unwrap();
     });
     assert_eq!(schema.store.get("orders").unwrap(), 9);
+}
+
+#[test]
+fn try_lock_waits_no_longer_than_the_server_can_say_for_who_is_creating_the_projection() {
+    let schema = Schema::new();
+    let mut client = schema.client();
+    client
+        .batch_execute(
+            "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN
+                 PERFORM set_config('noted.lock_timeout', current_setting('lock_timeout'), true);
+                 RETURN NEW;
+             END $$;
+             CREATE TRIGGER note BEFORE INSERT ON projection_checkpoints
+                 FOR EACH ROW EXECUTE FUNCTION note();",
+        )
+        .unwrap();
+    let mut tx = client.transaction().unwrap();
+    assert_eq!(schema.store.in_transaction(&mut tx).try_lock("orders").unwrap(), Some(0));
+    let noted: String =
+        tx.query_one("SELECT current_setting('noted.lock_timeout')", &[]).unwrap().get(0);
+    assert_eq!(noted, "1ms");
+}
+
+/// What was deleted and created while the `advance` waited is one checkpoint to it, and not none.
+#[test]
+fn an_advance_that_waited_for_a_delete_and_a_save_goes_by_what_was_saved() {
+    let schema = Schema::new();
+    for (saved, outcome) in [(5, Ok(())), (7, Err(7))] {
+        schema.store.save("orders", 5).unwrap();
+        let mut client = schema.client();
+        let mut tx = client.transaction().unwrap();
+        schema.store.in_transaction(&mut tx).delete("orders").unwrap();
+        schema.store.in_transaction(&mut tx).save("orders", saved).unwrap();
+        thread::scope(|scope| {
+            let waiter = scope.spawn(|| schema.store.advance("orders", 5, 6));
+            wait_for_a_waiter(&mut schema.client(), &schema.name);
+            tx.commit().unwrap();
+            let advanced = waiter.join().unwrap().map_err(|error| match error {
+                Error::Conflict { found, .. } => found,
+                other => panic!("{other:?}"),
+            });
+            assert_eq!(advanced, outcome);
+        });
+    }
+}
+
+#[test]
+fn a_worker_that_locks_may_keep_running_while_its_projection_is_reset() {
+    let schema = Schema::new();
+    schema.client().batch_execute("CREATE TABLE applied (event bigint)").unwrap();
+    let mut client = schema.client();
+    for _ in 0..3 {
+        step_with_lock(&schema.store, &mut client);
+        step_with_advance(&schema.store, &mut client);
+    }
+    let mut admin = schema.client();
+    let mut reset = admin.transaction().unwrap();
+    assert_eq!(schema.store.in_transaction(&mut reset).lock("applied").unwrap(), 18);
+    thread::scope(|scope| {
+        let worker = scope.spawn(|| step_with_lock(&schema.store, &mut client));
+        wait_for_a_waiter(&mut schema.client(), &schema.name);
+        reset.execute("DELETE FROM applied", &[]).unwrap();
+        schema.store.in_transaction(&mut reset).save("applied", 0).unwrap();
+        reset.commit().unwrap();
+        worker.join().unwrap();
+    });
+    let applied = admin.query_one("SELECT count(*), max(event) FROM applied", &[]).unwrap();
+    assert_eq!((applied.get::<_, i64>(0), applied.get::<_, i64>(1)), (3, 3));
+    assert_eq!(schema.store.get("applied").unwrap(), 3);
 }
 
 #[test]

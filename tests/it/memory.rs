@@ -5,18 +5,6 @@ use std::thread;
 use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
 
 #[test]
-fn a_projection_resumes_from_its_checkpoint() {
-    let store = MemoryCheckpointStore::new();
-    store.save("orders", 41).unwrap();
-    assert_eq!(store.get("orders").unwrap(), 41);
-}
-
-#[test]
-fn a_projection_without_a_checkpoint_starts_from_zero() {
-    assert_eq!(MemoryCheckpointStore::new().get("orders").unwrap(), 0);
-}
-
-#[test]
 fn threads_that_advance_one_projection_share_out_the_steps() {
     let store = MemoryCheckpointStore::new();
     let steps: i64 = thread::scope(|scope| {

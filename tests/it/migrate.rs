@@ -11,10 +11,17 @@ fn store(database: &str, schema: &str) -> PostgresCheckpointStore {
 }
 
 #[test]
-fn twenty_four_at_once_make_one_schema_and_one_table() {
+fn twenty_four_at_once_make_one_schema_and_one_table_at_every_isolation_level() {
     let database = harness::fresh_database();
-    for round in 0..5 {
+    let name = database.rsplit('/').next().unwrap();
+    let levels = ["read committed", "repeatable read", "serializable"];
+    for (round, level) in levels.iter().chain(&levels).enumerate() {
         let schema = format!("round {round}");
+        harness::client(&database)
+            .batch_execute(&format!(
+                "ALTER DATABASE {name} SET default_transaction_isolation = '{level}'"
+            ))
+            .unwrap();
         thread::scope(|scope| {
             let all: Vec<_> = (0..24)
                 .map(|_| {
@@ -118,12 +125,29 @@ fn a_table_of_another_shape_is_refused_and_left_alone() {
             "projection_name text PRIMARY KEY DEFERRABLE, \"offset\" bigint NOT NULL, updated_at timestamptz NOT NULL",
         ),
         (
+            "\"offset\" is generated",
+            "projection_name text PRIMARY KEY, \"offset\" bigint NOT NULL GENERATED ALWAYS AS (1) STORED, updated_at timestamptz NOT NULL",
+        ),
+        (
+            "\"offset\" is generated",
+            "projection_name text PRIMARY KEY, \"offset\" bigint GENERATED ALWAYS AS IDENTITY, updated_at timestamptz NOT NULL",
+        ),
+        (
+            "the collation of \"projection_name\"",
+            "projection_name text COLLATE any_case PRIMARY KEY, \"offset\" bigint NOT NULL, updated_at timestamptz NOT NULL",
+        ),
+        (
             "\"tenant\" wants a value",
             "projection_name text PRIMARY KEY, \"offset\" bigint NOT NULL, updated_at timestamptz NOT NULL, tenant text NOT NULL",
         ),
     ];
     let database = harness::fresh_database();
     let mut client = harness::client(&database);
+    client
+        .batch_execute(
+            "CREATE COLLATION any_case (provider = icu, locale = 'und-u-ks-level2', deterministic = false)",
+        )
+        .unwrap();
     for (reason_given, columns) in shapes {
         let sql = format!(
             "DROP TABLE IF EXISTS projection_checkpoints;
@@ -150,6 +174,32 @@ fn a_table_of_another_shape_is_refused_and_left_alone() {
         matches!(&refused, Err(Error::IncompatibleTable { reason, .. }) if reason == "it is not a table"),
         "{refused:?}"
     );
+}
+
+#[test]
+fn a_table_whose_heirs_have_rows_of_their_own_is_refused_and_a_partitioned_one_is_not() {
+    let database = harness::fresh_database();
+    let store = store(&database, "public");
+    store.migrate().unwrap();
+    let mut client = harness::client(&database);
+    client.batch_execute("CREATE TABLE heir () INHERITS (projection_checkpoints)").unwrap();
+    let refused = store.migrate().unwrap_err();
+    assert!(
+        matches!(&refused, Error::IncompatibleTable { reason, .. } if reason.contains("inherit")),
+        "{refused:?}"
+    );
+    client
+        .batch_execute(
+            "DROP TABLE projection_checkpoints CASCADE;
+             CREATE TABLE projection_checkpoints (
+                 projection_name text PRIMARY KEY, \"offset\" bigint NOT NULL, updated_at timestamptz NOT NULL
+             ) PARTITION BY HASH (projection_name);
+             CREATE TABLE part_0 PARTITION OF projection_checkpoints FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+             CREATE TABLE part_1 PARTITION OF projection_checkpoints FOR VALUES WITH (MODULUS 2, REMAINDER 1);",
+        )
+        .unwrap();
+    store.migrate().unwrap();
+    checkpoint_store::conformance::verify(&store);
 }
 
 #[test]

@@ -4,13 +4,11 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use checkpoint_store::postgres::{Client, NoTls, Transaction};
-use checkpoint_store::r2d2::Pool;
-use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
+use checkpoint_store::postgres::{Client, Transaction};
 use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore, Result};
 use rustix::process::Signal;
 
-use crate::harness::{Network, Options, Server, chain, client, signal_pid, wait_until};
+use crate::harness::{self, Network, Options, Server, chain, client, signal_pid, wait_until};
 
 /// Everything that bounds a wait, as short as it can be said.
 const SHORT: &str = "connect_timeout=1 tcp_user_timeout=2 keepalives_idle=1 keepalives_interval=1 \
@@ -20,13 +18,7 @@ const POOL_TIMEOUT: Duration = Duration::from_secs(3);
 const BOUND: Duration = Duration::from_secs(20);
 
 fn store(params: &str, connections: u32) -> PostgresCheckpointStore {
-    let pool = Pool::builder()
-        .max_size(connections)
-        .min_idle(Some(0))
-        .connection_timeout(POOL_TIMEOUT)
-        .test_on_check_out(false)
-        .build_unchecked(PostgresConnectionManager::new(params.parse().unwrap(), NoTls));
-    PostgresCheckpointStore::builder().build(pool).unwrap()
+    PostgresCheckpointStore::new(harness::pool(params, connections, POOL_TIMEOUT))
 }
 
 /// Opens as many connections as the pool may have, and leaves them idle.
@@ -66,8 +58,7 @@ fn is_unavailable(what: &str, started: Instant, outcome: Result<()>) {
     assert!(matches!(error, Error::Unavailable { .. }), "{what}: {error:?}");
     assert!(error.is_transient(), "{what}: {error:?}");
     let told = chain(&error);
-    // `get` is a `find`.
-    let operation = what.trim_start_matches("tx ").replace("get", "find");
+    let operation = what.trim_start_matches("tx ");
     assert!(told.contains(&format!(": {operation}: ")), "{what}: {told}");
     assert!(took < BOUND, "{what}: {took:?}");
     println!("link down, {what}: {took:?}: {told}");

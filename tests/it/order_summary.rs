@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use postgres::{IsolationLevel, Transaction};
 use tempfile::NamedTempFile;
 
-use crate::harness;
+use crate::harness::{self, stderr, stdout};
 
 #[test]
 fn by_default_it_projects_100_000_generated_events_in_memory() {
@@ -428,14 +428,6 @@ fn job(database_url: Option<&str>) -> Command {
 
 fn spawn(job: &mut Command) -> Child {
     job.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 #[track_caller]

@@ -2,10 +2,8 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
-use checkpoint_store::postgres::NoTls;
-use checkpoint_store::r2d2::Pool;
-use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
 use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore, conformance};
 
 use crate::harness::{self, PgBouncer, Schema, chain, sql_state, wait_until};
@@ -174,11 +172,6 @@ fn a_pooler_that_changes_its_mind_is_found_out_by_a_new_connection() {
     assert!(store.get("orders").is_err(), "it stays refused");
 }
 
-fn pool_of_ones_own(pooler: &PgBouncer) -> Pool<PostgresConnectionManager<NoTls>> {
-    let manager = PostgresConnectionManager::new(pooler.params().parse().unwrap(), NoTls);
-    Pool::builder().max_size(1).test_on_check_out(false).build(manager).unwrap()
-}
-
 #[test]
 fn a_statement_that_vanishes_twice_is_a_clear_error() {
     let schema = Schema::new();
@@ -189,7 +182,7 @@ fn a_statement_that_vanishes_twice_is_a_clear_error() {
     let store = PostgresCheckpointStore::builder()
         .schema(&schema.name)
         .prepared_statements(true)
-        .build(pool_of_ones_own(&pooler))
+        .build(harness::pool(&pooler.params(), 1, Duration::from_secs(30)))
         .unwrap();
     // Two transactions at once make it open two server connections.
     let (mut one, mut other) =
@@ -229,7 +222,7 @@ fn a_name_that_another_program_has_taken_is_a_clear_error() {
         let store = PostgresCheckpointStore::builder()
             .schema(&schema.name)
             .prepared_statements(true)
-            .build(pool_of_ones_own(&pooler))
+            .build(harness::pool(&pooler.params(), 1, Duration::from_secs(30)))
             .unwrap();
         if let Err(error) = store.save("orders", 1) {
             assert!(matches!(error, Error::Backend { operation: "save", .. }), "{error:?}");

@@ -1,11 +1,11 @@
 //! The pooled PostgreSQL store: one round trip, dead connections, errors that say what and where.
 
-use std::error::Error as _;
+use std::time::{Duration, Instant};
 
 use checkpoint_store::postgres::NoTls;
 use checkpoint_store::r2d2::Pool;
 use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
-use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore};
+use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore, conformance};
 
 use crate::harness::{self, Proxy, Schema, chain, sql_state, wait_until};
 
@@ -157,6 +157,30 @@ fn an_advance_is_not_repeated_and_one_outage_is_one_error() {
     for offset in 2..10 {
         store.advance("orders", offset, offset + 1).unwrap();
     }
+
+    // One that is noticed by what can be repeated is no error at all.
+    terminate_connections(&schema, "once");
+    assert_eq!(store.get("orders").unwrap(), 10);
+    for offset in 10..20 {
+        store.advance("orders", offset, offset + 1).unwrap();
+    }
+}
+
+#[test]
+fn after_an_outage_a_connection_is_tested_once_before_an_advance() {
+    let schema = Schema::new();
+    let proxy = Proxy::to(harness::server().port());
+    let store = PostgresCheckpointStore::builder()
+        .schema(&schema.name)
+        .max_connections(1)
+        .connect(&format!("{} application_name=tested", proxy.params()))
+        .unwrap();
+    store.save("orders", 1).unwrap();
+    assert_eq!(proxy.round_trips(|| store.advance("orders", 1, 2).unwrap()), 1);
+    terminate_connections(&schema, "tested");
+    store.save("orders", 2).unwrap();
+    assert_eq!(proxy.round_trips(|| store.advance("orders", 2, 3).unwrap()), 2);
+    assert_eq!(proxy.round_trips(|| store.advance("orders", 3, 4).unwrap()), 1);
 }
 
 #[test]
@@ -169,12 +193,16 @@ fn an_error_names_the_operation_the_projection_and_the_table_and_keeps_the_cause
     assert!(matches!(error, Error::Backend { operation: "save", .. }), "{error:?}");
     assert!(!error.is_transient());
     assert_eq!(sql_state(&error).as_deref(), Some("42P01"));
+    let message = format!(
+        "save failed: projection \"orders\" in table \"{}\".\"projection_checkpoints\", \
+         which is not there: `migrate` makes it",
+        schema.name
+    );
+    assert_eq!(error.to_string(), message);
     let told = chain(&error);
-    let subject =
-        format!("projection \"orders\" in table \"{}\".\"projection_checkpoints\"", schema.name);
-    assert!(told.starts_with("save failed: ") && told.contains(&subject), "{told}");
-    assert_eq!(error.to_string(), "save failed");
-    assert!(error.source().is_some());
+    assert!(told.starts_with(&format!("{message}: PostgreSQL: ")), "{told}");
+    assert!(told.contains("does not exist"), "{told}");
+    assert_eq!(told.matches("projection \"orders\"").count(), 1, "{told}");
 }
 
 #[test]
@@ -198,6 +226,111 @@ fn a_write_that_the_server_discards_is_an_error() {
         assert!(chain(&error).contains("wrote no row"), "{}", chain(&error));
     }
     assert_eq!(store.get("orders").unwrap(), 0);
+}
+
+#[test]
+fn a_write_of_which_the_server_discards_a_part_is_an_error() {
+    let schema = Schema::new();
+    schema.store.save("kept", 5).unwrap();
+    schema
+        .client()
+        .batch_execute(
+            "CREATE FUNCTION discard() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN
+                 IF NEW.projection_name = 'discarded' OR TG_OP = 'UPDATE' THEN RETURN NULL; END IF;
+                 RETURN NEW;
+             END $$;
+             CREATE TRIGGER discard BEFORE INSERT OR UPDATE ON projection_checkpoints
+                 FOR EACH ROW EXECUTE FUNCTION discard();",
+        )
+        .unwrap();
+    let store = &schema.store;
+    for error in [
+        store.save_many(&[("a", 1), ("discarded", 1), ("z", 1)]).unwrap_err(),
+        // Its offset is the expected one, so this is no rival's doing.
+        store.advance("kept", 5, 6).unwrap_err(),
+    ] {
+        assert!(matches!(error, Error::Backend { .. }), "{error:?}");
+        assert!(chain(&error).contains("wrote no row"), "{}", chain(&error));
+    }
+    assert_eq!(store.get("kept").unwrap(), 5);
+}
+
+/// A trigger that fails each `save` in its own way, and counts the tries.
+fn failing(how: &str) -> Schema {
+    let schema = Schema::new();
+    schema
+        .client()
+        .batch_execute(&format!(
+            "CREATE SEQUENCE tries;
+             CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN
+                 PERFORM nextval('{}.tries');
+                 {how};
+                 RETURN NEW;
+             END $$;
+             CREATE TRIGGER fail BEFORE INSERT OR UPDATE ON projection_checkpoints
+                 FOR EACH ROW EXECUTE FUNCTION fail();",
+            schema.name
+        ))
+        .unwrap();
+    schema
+}
+
+fn tries(schema: &Schema) -> i64 {
+    schema.client().query_one("SELECT last_value FROM tries", &[]).unwrap().get(0)
+}
+
+#[test]
+fn a_save_that_ends_its_connection_each_time_is_given_up_in_time() {
+    const TIMEOUT: Duration = Duration::from_secs(1);
+    let schema = failing("PERFORM pg_terminate_backend(pg_backend_pid())");
+    let pool = harness::pool(&harness::server().params(), 2, TIMEOUT);
+    let store = PostgresCheckpointStore::builder().schema(&schema.name).build(pool).unwrap();
+    let started = Instant::now();
+    let error = store.save("orders", 1).unwrap_err();
+    assert!(started.elapsed() < TIMEOUT + Duration::from_secs(5), "{:?}", started.elapsed());
+    assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+    // Not that no connection was to be had: there was one each time.
+    assert!(!chain(&error).contains("timed out"), "{}", chain(&error));
+    // With pauses between them, which grow.
+    assert!((2..30).contains(&tries(&schema)), "{}", tries(&schema));
+}
+
+#[test]
+fn an_error_that_only_sounds_like_a_lost_connection_is_not_repeated() {
+    let schema = failing("RAISE SQLSTATE '08006'");
+    let error = schema.store.save("orders", 1).unwrap_err();
+    assert!(matches!(error, Error::Backend { operation: "save", .. }), "{error:?}");
+    assert_eq!(tries(&schema), 1);
+}
+
+#[test]
+fn what_the_server_rolls_back_because_of_others_is_run_again() {
+    for state in ["40001", "40P01"] {
+        let schema = failing(&format!("IF lastval() < 4 THEN RAISE SQLSTATE '{state}'; END IF"));
+        schema.store.save("orders", 1).unwrap();
+        assert_eq!((schema.store.get("orders").unwrap(), tries(&schema)), (1, 4));
+        let schema = failing(&format!("IF lastval() < 4 THEN RAISE SQLSTATE '{state}'; END IF"));
+        schema.store.advance("orders", 0, 1).unwrap();
+        assert_eq!((schema.store.get("orders").unwrap(), tries(&schema)), (1, 4));
+    }
+}
+
+#[test]
+fn the_contract_holds_whatever_isolation_the_database_defaults_to() {
+    for level in ["repeatable read", "serializable"] {
+        let database = harness::fresh_database();
+        let name = database.rsplit('/').next().unwrap();
+        harness::client(&database)
+            .batch_execute(&format!(
+                "ALTER DATABASE {name} SET default_transaction_isolation = '{level}'"
+            ))
+            .unwrap();
+        let store = PostgresCheckpointStore::connect(&database).unwrap();
+        store.migrate().unwrap();
+        conformance::verify(&store);
+    }
 }
 
 #[test]

@@ -178,3 +178,17 @@ fn a_table_that_may_not_be_made_is_an_error_that_names_it() {
         assert!(told.contains(&format!("table \"{schema}\".\"{table}\"")), "{told}");
     }
 }
+
+#[test]
+fn a_role_that_may_create_in_the_schema_and_no_schema_migrates() {
+    let mut granted = Granted::nothing();
+    granted.grant(GRANTS[0]);
+    granted.grant(("CREATE", "SCHEMA app"));
+    let store = PostgresCheckpointStore::builder()
+        .schema("app")
+        .table("its own")
+        .connect(&granted.params)
+        .unwrap();
+    store.migrate().unwrap();
+    store.save("orders", 1).unwrap();
+}

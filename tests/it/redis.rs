@@ -11,7 +11,7 @@ use checkpoint_store::{CheckpointStore, Error, conformance};
 use redis::{Client, Commands, Connection};
 use rustix::process::Signal;
 
-use crate::harness::{Guard, chain, example, free_port, signal};
+use crate::harness::{Guard, chain, example, free_port, signal, stderr, stdout};
 use redis_store::RedisCheckpointStore;
 
 #[allow(dead_code, unreachable_pub, reason = "an example is a program of its own")]
@@ -525,12 +525,4 @@ fn run_example(arguments: &[&str], redis_url: Option<&str>) -> Output {
     let mut command = example("redis_store", "redis_store.rs");
     command.args(arguments).envs(redis_url.map(|url| ("REDIS_URL", url)));
     command.output().expect("the example runs")
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use checkpoint_store::{
     Cadence, CheckpointStore, Checkpointer, Health, HealthCheck, HealthLevel,
-    MemoryCheckpointStore, PostgresCheckpointStore, ProjectionStatus, conformance,
+    MemoryCheckpointStore, PostgresCheckpointStore, ProjectionStatus,
 };
 
 use crate::harness::{self, Schema, wait_until};
@@ -25,12 +25,6 @@ fn get_save_delete_and_get_all() {
         assert_eq!(store.get("orders").unwrap(), 0);
         assert_eq!(store.all().unwrap().len(), 1);
     }
-}
-
-#[test]
-fn a_postgresql_store_and_an_in_memory_store() {
-    conformance::verify(&Schema::new().store);
-    conformance::verify(&MemoryCheckpointStore::new());
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use checkpoint_store::{CheckpointStore, PostgresCheckpointStore};
+use checkpoint_store::PostgresCheckpointStore;
 
 use crate::harness::{self, server_program};
 
@@ -41,25 +41,4 @@ fn every_file_runs_as_it_stands_in_psql() {
         tried += 1;
     }
     assert_eq!(tried, 12);
-}
-
-#[test]
-fn the_documented_table_is_the_one_that_migrate_makes() {
-    let by_hand = harness::fresh_database();
-    let sql = include_str!("../../sql/create_table.sql");
-    harness::client(&by_hand).batch_execute(sql).unwrap();
-    let migrated = harness::fresh_database();
-    PostgresCheckpointStore::connect(&migrated).unwrap().migrate().unwrap();
-    let describe = |database: &str| {
-        let output = server_program("psql")
-            .args(["-X", "-c", "\\d public.projection_checkpoints", database])
-            .output()
-            .expect("psql runs");
-        String::from_utf8_lossy(&output.stdout).into_owned()
-    };
-    assert_eq!(describe(&by_hand), describe(&migrated));
-    assert!(describe(&by_hand).contains("projection_name"));
-    let store = PostgresCheckpointStore::connect(&by_hand).unwrap();
-    store.migrate().unwrap();
-    store.save("orders", 1).unwrap();
 }

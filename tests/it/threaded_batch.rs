@@ -7,7 +7,7 @@ use checkpoint_store::postgres::Client;
 use checkpoint_store::{CheckpointStore, PostgresCheckpointStore};
 use rustix::process::Signal;
 
-use crate::harness;
+use crate::harness::{self, stderr, stdout};
 
 const PROJECTION: &str = "threaded-batch";
 
@@ -301,14 +301,6 @@ impl Drop for Running {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
-}
-
-fn stdout(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 /// What it said, after it ended well.

@@ -1,9 +1,12 @@
 //! The caller's own transaction: what commits, what is rolled back, and what a failed statement
 //! does to both.
 
-use checkpoint_store::{CheckpointStore, Error};
+use std::time::SystemTime;
 
-use crate::harness::Schema;
+use checkpoint_store::postgres::Transaction;
+use checkpoint_store::{CheckpointStore, Error, InTransaction, Result};
+
+use crate::harness::{Schema, chain, wait_for_a_waiter};
 
 fn with_read_model() -> Schema {
     let schema = Schema::new();
@@ -160,15 +163,32 @@ fn every_operation_works_in_a_transaction() {
 
 #[test]
 fn the_time_of_a_save_is_that_of_the_save_not_of_the_transaction() {
+    type Save = fn(&mut InTransaction<'_, '_>, i64) -> Result<()>;
+    let saves: [(&str, Save); 6] = [
+        ("save, new", |here, offset| here.save("save", offset)),
+        ("save", |here, offset| here.save("save", offset)),
+        ("save_many, new", |here, offset| here.save_many(&[("many", offset)])),
+        ("save_many", |here, offset| here.save_many(&[("many", offset)])),
+        ("advance, new", |here, offset| here.advance("advance", 0, offset)),
+        ("advance", |here, offset| here.advance("advance", offset - 1, offset)),
+    ];
     let schema = Schema::new();
     let mut client = schema.client();
     let mut tx = client.transaction().unwrap();
-    let began: std::time::SystemTime = tx.query_one("SELECT now()", &[]).unwrap().get(0);
-    tx.execute("SELECT pg_sleep(0.01)", &[]).unwrap();
-    schema.store.in_transaction(&mut tx).save("totals", 1).unwrap();
-    tx.commit().unwrap();
-    let saved = schema.store.find("totals").unwrap().unwrap().updated_at;
-    assert!(saved.duration_since(began).unwrap().as_millis() >= 10);
+    let now = |tx: &mut Transaction<'_>| -> SystemTime {
+        tx.query_one("SELECT clock_timestamp()", &[]).unwrap().get(0)
+    };
+    for (offset, (operation, save)) in (1..).zip(saves) {
+        let before = now(&mut tx);
+        save(&mut schema.store.in_transaction(&mut tx), offset).unwrap();
+        let sql = "SELECT max(updated_at) FROM projection_checkpoints";
+        let stored: SystemTime = tx.query_one(sql, &[]).unwrap().get(0);
+        assert!(before <= stored && stored <= now(&mut tx), "{operation}: {before:?} {stored:?}");
+    }
+    let before = now(&mut tx);
+    schema.store.in_transaction(&mut tx).lock("lock").unwrap();
+    let locked = schema.store.in_transaction(&mut tx).find("lock").unwrap().unwrap();
+    assert!(before <= locked.updated_at, "a lock that creates the checkpoint");
 }
 
 #[test]
@@ -181,16 +201,62 @@ fn a_save_that_waited_for_a_rival_is_as_late_as_it_ended() {
     let mut observer = schema.client();
     std::thread::scope(|scope| {
         let rival = scope.spawn(|| schema.store.save("totals", 3));
-        crate::harness::wait_until("the rival waits", || {
-            let query = "SELECT count(*) FROM pg_stat_activity, pg_locks
-                         WHERE pg_locks.pid = pg_stat_activity.pid AND NOT granted
-                           AND query LIKE '%' || $1 || '%'";
-            observer.query_one(query, &[&schema.name]).unwrap().get::<_, i64>(0) == 1
-        });
+        wait_for_a_waiter(&mut observer, &schema.name);
         let at: std::time::SystemTime =
             observer.query_one("SELECT clock_timestamp()", &[]).unwrap().get(0);
         tx.commit().unwrap();
         rival.join().unwrap().unwrap();
         assert!(schema.store.find("totals").unwrap().unwrap().updated_at > at);
     });
+}
+
+/// As a worker's loop sees them: one type of error, and one question to ask of it.
+#[test]
+fn the_callers_own_failures_become_errors_of_this_crate_through_a_question_mark() {
+    let schema = Schema::new();
+    let run = |sql: &str| -> Result<()> {
+        let mut client = schema.store.pool().get()?;
+        let mut tx = client.transaction()?;
+        tx.batch_execute(sql)?;
+        schema.store.in_transaction(&mut tx).save("orders", 1)?;
+        tx.commit()?;
+        Ok(())
+    };
+    let refused = run("SELECT 1 / 0").unwrap_err();
+    assert!(matches!(refused, Error::Backend { operation: "statement", .. }), "{refused:?}");
+    assert!(!refused.is_transient() && chain(&refused).contains("division by zero"));
+
+    let lost = run("SELECT pg_terminate_backend(pg_backend_pid())").unwrap_err();
+    assert!(matches!(lost, Error::Unavailable { .. }) && lost.is_transient(), "{lost:?}");
+
+    let deadlock = run("DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$").unwrap_err();
+    assert!(deadlock.is_transient(), "{deadlock:?}");
+
+    let store = &schema.store;
+    let held: Vec<_> = (0..10).map(|_| store.pool().get().unwrap()).collect();
+    let none_left: Error =
+        store.pool().get_timeout(std::time::Duration::from_millis(1)).map(drop).unwrap_err().into();
+    assert!(matches!(none_left, Error::Unavailable { .. }) && none_left.is_transient());
+    drop(held);
+    run("SELECT").unwrap();
+    assert_eq!(store.get("orders").unwrap(), 1);
+}
+
+#[test]
+fn a_transaction_that_idles_for_too_long_is_unavailable() {
+    let schema = Schema::new();
+    let mut client = schema.client();
+    let mut tx = client.transaction().unwrap();
+    tx.batch_execute("SET LOCAL idle_in_transaction_session_timeout = '1ms'").unwrap();
+    let mut observer = schema.client();
+    let pid: i32 = match tx.query_one("SELECT pg_backend_pid()", &[]) {
+        Ok(row) => row.get(0),
+        Err(_) => 0, // it is gone already
+    };
+    crate::harness::wait_until("the server has ended it", || {
+        let query = "SELECT count(*) FROM pg_stat_activity WHERE pid = $1";
+        observer.query_one(query, &[&pid]).unwrap().get::<_, i64>(0) == 0
+    });
+    let error = schema.store.in_transaction(&mut tx).save("orders", 1).unwrap_err();
+    assert!(matches!(error, Error::Unavailable { .. }) && error.is_transient(), "{error:?}");
 }

@@ -19,12 +19,6 @@ fn assert_refused<T: std::fmt::Debug>(outcome: &checkpoint_store::Result<T>, off
 }
 
 #[test]
-fn it_is_shared_among_threads() {
-    fn is_shared<T: Send + Sync + 'static>() {}
-    is_shared::<Watermark>();
-}
-
-#[test]
 fn it_starts_where_the_checkpoint_is() {
     assert_eq!(state(&Watermark::starting_at(42)), (42, 0));
     let watermark = Watermark::starting_at(42);
@@ -192,13 +186,7 @@ proptest! {
 /// The numbers from 0 to `count - 1` in an order that is random, and the same each time.
 fn shuffled(count: usize) -> Vec<usize> {
     let mut numbers: Vec<_> = (0..count).collect();
-    let mut random: u64 = 42;
-    for last in (1..count).rev() {
-        random =
-            random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let other = usize::try_from(random >> 33).unwrap() % (last + 1);
-        numbers.swap(last, other);
-    }
+    fastrand::Rng::with_seed(42).shuffle(&mut numbers);
     numbers
 }
 

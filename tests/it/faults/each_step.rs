@@ -8,8 +8,9 @@ use checkpoint_store::postgres::{Client, NoTls};
 use checkpoint_store::{
     Cadence, CheckpointStore, Checkpointer, Error, InTransaction, PostgresCheckpointStore,
 };
+use fastrand::Rng;
 
-use super::{Random, Row, kill_backend_and_wait, process_id};
+use super::{Row, kill_backend_and_wait, process_id};
 use crate::harness::{Cut, Options, Proxy, Server, unique, wait_until};
 
 type Outcome = Result<i64, Box<dyn std::error::Error + Send + Sync>>;
@@ -85,7 +86,7 @@ impl Stage {
 
     fn row(&self, fault: &'static str, times: usize, errors: usize) {
         let longest_wait = *self.longest_wait.lock().expect("no test panics here");
-        Row { fault, times, lost: 0, twice: 0, errors, longest_wait }.print();
+        Row::asserted(fault, times, errors, longest_wait).print();
     }
 
     /// Works with a new connection, as a worker does it after an error.
@@ -237,7 +238,7 @@ fn a_commit_whose_answer_is_lost_has_happened_and_the_offset_tells() {
 fn a_server_that_crashes_during_the_commit_has_both_or_neither() {
     const TIMES: usize = 10;
     let stage = Stage::new();
-    let mut random = Random(3);
+    let mut random = Rng::with_seed(3);
     let mut errors = 0;
     for _ in 0..TIMES {
         let before = stage.store.get("orders").unwrap();
@@ -252,7 +253,7 @@ fn a_server_that_crashes_during_the_commit_has_both_or_neither() {
                 })
             });
             about_to_commit.recv().unwrap();
-            thread::sleep(Duration::from_micros(random.below(300)));
+            thread::sleep(Duration::from_micros(random.u64(..300)));
             stage.server().crash();
             work.join().unwrap()
         });

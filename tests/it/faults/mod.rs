@@ -15,10 +15,8 @@ use std::time::Duration;
 
 use checkpoint_store::PostgresCheckpointStore;
 use checkpoint_store::postgres::{Client, NoTls};
-use checkpoint_store::r2d2::Pool;
-use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
 
-use crate::harness::{Server, wait_until};
+use crate::harness::{self, Server, wait_until};
 
 /// Names a file that every row is added to.
 const TABLE_VARIABLE: &str = "CHECKPOINT_STORE_FAULT_TABLE";
@@ -38,6 +36,16 @@ pub(crate) struct Row {
 }
 
 impl Row {
+    /// Of a test that asserts that nothing was lost and nothing applied twice.
+    pub(crate) fn asserted(
+        fault: &'static str,
+        times: usize,
+        errors: usize,
+        longest_wait: Duration,
+    ) -> Self {
+        Self { fault, times, lost: 0, twice: 0, errors, longest_wait }
+    }
+
     /// Prints `| fault | times | lost | applied twice | errors | longest wait |`.
     pub(crate) fn print(&self) {
         let Self { fault, times, lost, twice, errors, longest_wait } = self;
@@ -51,28 +59,9 @@ impl Row {
     }
 }
 
-/// Numbers that look random and are the same in every run (`SplitMix64`).
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % limit
-    }
-}
-
 /// A store on a pool of the caller's own, of this size and with this time-out.
 fn store_on(params: &str, size: u32, timeout: Duration) -> PostgresCheckpointStore {
-    let pool = Pool::builder()
-        .max_size(size)
-        .min_idle(Some(0))
-        .connection_timeout(timeout)
-        .test_on_check_out(false)
-        .build_unchecked(PostgresConnectionManager::new(params.parse().unwrap(), NoTls));
-    PostgresCheckpointStore::new(pool)
+    PostgresCheckpointStore::new(harness::pool(params, size, timeout))
 }
 
 fn process_id(client: &mut Client) -> i32 {

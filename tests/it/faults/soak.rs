@@ -6,8 +6,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore};
+use fastrand::Rng;
 
-use super::{Random, Row, this_program};
+use super::{Row, this_program};
 use crate::harness::{self, Options, Server, wait_until};
 
 /// A million operations, rather than twenty thousand.
@@ -40,6 +41,28 @@ fn nothing_is_left_over() {
 
 fn threads() -> usize {
     fs::read_dir("/proc/self/task").expect("Linux").count()
+}
+
+/// Of a process of its own, for the same reason.
+#[test]
+fn a_connect_that_fails_leaves_no_thread() {
+    const VARIABLE: &str = "CHECKPOINT_STORE_REFUSED_PARAMS";
+    if let Ok(params) = std::env::var(VARIABLE) {
+        let before = threads();
+        for _ in 0..50 {
+            let refused = PostgresCheckpointStore::connect(&params);
+            assert!(matches!(refused, Err(Error::Unavailable { .. })), "{refused:?}");
+        }
+        // The last attempt's may be about to end.
+        assert!(threads() <= before + 1, "{} threads", threads());
+        return;
+    }
+    let output = this_program("faults::soak::a_connect_that_fails_leaves_no_thread")
+        .env(VARIABLE, format!("host=127.0.0.1 port={} user=postgres", harness::free_port()))
+        .output()
+        .expect("this program starts");
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{complaint}");
 }
 
 fn resident_kilobytes() -> usize {
@@ -119,7 +142,7 @@ fn caller(
 }
 
 /// Ends one of the store's backends: mostly as an administrator does, sometimes with `kill -9`.
-fn end_a_backend(params: &str, random: &mut Random) {
+fn end_a_backend(params: &str, random: &mut Rng) {
     let mut attempt = || -> Result<(), checkpoint_store::postgres::Error> {
         let mut client =
             checkpoint_store::postgres::Client::connect(params, checkpoint_store::postgres::NoTls)?;
@@ -127,10 +150,12 @@ fn end_a_backend(params: &str, random: &mut Random) {
             "SELECT pid FROM pg_stat_activity WHERE application_name = 'soak' ORDER BY pid",
             &[],
         )?;
-        let Some(last) = (pids.len() as u64).checked_sub(1) else { return Ok(()) };
-        let pick = usize::try_from(random.below(last + 1)).unwrap();
+        if pids.is_empty() {
+            return Ok(());
+        }
+        let pick = random.usize(..pids.len());
         let pid: i32 = pids[pick].get(0);
-        if random.below(10) == 0 {
+        if random.u64(..10) == 0 {
             drop(client);
             harness::kill_process(pid);
         } else {
@@ -158,7 +183,7 @@ fn soak(params: &str, operations: usize) {
     let mut kills = 0;
     let tally = thread::scope(|scope| {
         let work = scope.spawn(|| round(&store, operations, &done));
-        let mut random = Random(5);
+        let mut random = Rng::with_seed(5);
         while !work.is_finished() {
             if done.load(Ordering::SeqCst) >= (kills + 1) * OPERATIONS_A_KILL {
                 end_a_backend(params, &mut random);

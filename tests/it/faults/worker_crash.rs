@@ -14,8 +14,9 @@ use checkpoint_store::postgres::{Client, GenericClient};
 use checkpoint_store::{
     Cadence, CheckpointStore, Checkpointer, Error, PostgresCheckpointStore, Watermark,
 };
+use fastrand::Rng;
 
-use super::{Random, Row, kill_backend_and_wait, process_id, this_program};
+use super::{Row, kill_backend_and_wait, process_id, this_program};
 use crate::harness::{Options, Server, wait_until};
 
 const PARAMS_VARIABLE: &str = "CHECKPOINT_STORE_WORKER_PARAMS";
@@ -269,7 +270,7 @@ fn each_event_counts_once_however_often_the_worker_is_killed() {
     PostgresCheckpointStore::connect(&params).unwrap().migrate().unwrap();
     let mut client = server.client();
     set_up(&mut client, i64::MAX / 2);
-    let mut random = Random(4);
+    let mut random = Rng::with_seed(4);
     let mut server_crashes = 0;
     let mut longest_wait = Duration::ZERO;
 
@@ -277,8 +278,8 @@ fn each_event_counts_once_however_often_the_worker_is_killed() {
         let started = Instant::now();
         let mut worker = start_worker(&params);
         // Some die before they have done anything.
-        if random.below(10) > 0 {
-            wait_for_saves(&mut client, &mut worker, 1 + random.below(40));
+        if random.u64(..10) > 0 {
+            wait_for_saves(&mut client, &mut worker, 1 + random.u64(..40));
             longest_wait = longest_wait.max(started.elapsed());
         }
         if round % SERVER_CRASH_EVERY == 0 {
@@ -292,9 +293,9 @@ fn each_event_counts_once_however_often_the_worker_is_killed() {
             }
             server_crashes += 1;
             client = server.client();
-            wait_for_saves(&mut client, &mut worker, 1 + random.below(40));
+            wait_for_saves(&mut client, &mut worker, 1 + random.u64(..40));
         }
-        thread::sleep(Duration::from_micros(random.below(3_000)));
+        thread::sleep(Duration::from_micros(random.u64(..3_000)));
         worker.kill().expect("a child can be killed");
         worker.wait().expect("a killed child ends");
         check(&mut client);

@@ -1,6 +1,6 @@
 use std::env;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::SystemTime;
 
 /// The process of an example, without the input and the servers of whoever runs the tests. Cargo
@@ -34,4 +34,12 @@ fn latest(source: &Path) -> Option<SystemTime> {
     }
     let files = source.read_dir().expect("the example's folder");
     files.filter_map(|file| modified(&file.expect("a file").path())).max()
+}
+
+pub(crate) fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+pub(crate) fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
 }

@@ -19,11 +19,11 @@ const SHELL: &str = r#"
 trap '' INT TERM HUP QUIT
 pids=
 at_end=
-while read -r order pid; do
+while read -r order what; do
     case $order in
-        watch) pids="$pids $pid" ;;
-        at_end) at_end="$pid; $at_end" ;;
-        forget) kept=; for p in $pids; do [ "$p" = "$pid" ] || kept="$kept $p"; done; pids=$kept ;;
+        watch) pids="$pids $what" ;;
+        at_end) at_end="$what; $at_end" ;;
+        forget) kept=; for p in $pids; do [ "$p" = "$what" ] || kept="$kept $p"; done; pids=$kept ;;
     esac
 done
 for pid in $pids; do kill -QUIT "$pid" 2>/dev/null; kill -CONT "$pid" 2>/dev/null; done

@@ -13,8 +13,10 @@ use std::time::{Duration, Instant};
 
 use checkpoint_store::PostgresCheckpointStore;
 use checkpoint_store::postgres::{Client, NoTls};
+use checkpoint_store::r2d2::Pool;
+use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
 
-pub(crate) use example::example;
+pub(crate) use example::{example, stderr, stdout};
 pub(crate) use guard::{Guard, kill_process, signal, signal_pid};
 pub(crate) use network::Network;
 pub(crate) use pgbouncer::PgBouncer;
@@ -44,6 +46,20 @@ pub(crate) fn client(params: &str) -> Client {
     Client::connect(params, NoTls).expect("a connection")
 }
 
+/// A pool of the caller's own.
+pub(crate) fn pool(
+    params: &str,
+    size: u32,
+    timeout: Duration,
+) -> Pool<PostgresConnectionManager<NoTls>> {
+    Pool::builder()
+        .max_size(size)
+        .min_idle(Some(0))
+        .connection_timeout(timeout)
+        .test_on_check_out(false)
+        .build_unchecked(PostgresConnectionManager::new(params.parse().expect("parameters"), NoTls))
+}
+
 /// A schema of its own on the shared server, with the checkpoint table in it.
 pub(crate) struct Schema {
     pub(crate) name: String,
@@ -67,6 +83,16 @@ impl Schema {
         client.batch_execute(&format!("SET search_path TO {}", self.name)).expect("a search path");
         client
     }
+}
+
+/// Waits until a connection waits for a lock, in a statement with this text in it.
+pub(crate) fn wait_for_a_waiter(observer: &mut Client, text: &str) {
+    wait_until("somebody waits for a lock", || {
+        let query = "SELECT count(*) FROM pg_stat_activity, pg_locks
+                     WHERE pg_locks.pid = pg_stat_activity.pid AND NOT granted
+                       AND query LIKE '%' || $1 || '%'";
+        observer.query_one(query, &[&text]).unwrap().get::<_, i64>(0) > 0
+    });
 }
 
 /// Waits until something holds, and fails loudly when it never does.

@@ -54,7 +54,8 @@ impl PgBouncer {
 
 impl Drop for PgBouncer {
     fn drop(&mut self) {
-        signal(&self.process, Signal::QUIT);
+        // It has nothing to save, and ignores SIGQUIT where a script has started it all with `&`.
+        signal(&self.process, Signal::KILL);
         self.process.wait().expect("pgbouncer ends");
         self.guard.forget(&self.process);
     }
