@@ -34,56 +34,35 @@
 //! # The proof
 //!
 //! Before a worker completes an event it puts it on record: with `DATABASE_URL` in the table
-//! `handled`, a row an event, created when it is missing. When the program starts, after each save
-//! and at the end it reads the checkpoint from the store, and looks for an event up to there that
-//! is not on record. If there is one, it says which, and exits with 1. So a run that ends well
+//! `handled`, one row per event, created when it is missing. When the program starts, after each
+//! save and at the end it reads the checkpoint from the store, and looks for an event up to there
+//! that is not on record. If there is one, it says which, and exits with 1. So a run that ends well
 //! after any number of crashes has handled each event at least once, and found the checkpoint of
 //! every one of those crashes before the first event that was not handled.
 //!
 //! Without `DATABASE_URL` record and checkpoint are in memory, and a crash loses both: the next
 //! run starts from the first event.
-//!
-//! # Exit code
-//!
-//! 0 when all events are handled or Ctrl-C was pressed, 1 after a failure or when the proof fails,
-//! 2 when the command line makes no sense.
 
 use std::collections::BTreeMap;
 use std::env::{self, VarError};
-use std::error::Error;
-use std::ffi::{OsStr, OsString};
 use std::io::{self, Write as _};
+use std::num::NonZeroU64;
 use std::process::{self, ExitCode};
-use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ScopedJoinHandle, Thread};
 use std::time::Duration;
 use std::{iter, mem, panic};
 
+use anyhow::{Result, bail, ensure};
 use checkpoint_store::postgres::types::Type;
 use checkpoint_store::{
     Cadence, CheckpointStore, Checkpointer, MemoryCheckpointStore, PostgresCheckpointStore,
     Watermark,
 };
-
-const USAGE: &str = "\
-Handles events in several threads, and resumes where it was.
-
-Usage: threaded_batch [--workers N] [--events N] [--crash-after N]
-
-  --workers N      how many threads handle events, 1 to 1000; 4 by default
-  --events N       how many events the stream has; 20000 by default
-  --crash-after N  abort the process once this run has handled N events; the
-                   last one is then on record, but not complete
-  -h, --help       print this
-
-DATABASE_URL in the environment names the PostgreSQL database to keep the
-checkpoint and the record of handled events in; without it they are in memory.
-Ctrl-C handles what was begun, saves the checkpoint and ends; a second one ends
-at once.
-";
+use clap::error::{ContextKind, ContextValue};
+use clap::{CommandFactory as _, Parser, value_parser};
 
 const PROJECTION: &str = "threaded-batch";
 const CADENCE: Cadence = Cadence::every(500).or_within(Duration::from_secs(1));
@@ -99,70 +78,63 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// Set by Ctrl-C: the reader reads no further.
 static STOP: AtomicBool = AtomicBool::new(false);
 
-type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
+const MORE_HELP: &str = "\
+Ctrl-C handles what was begun, saves the checkpoint and ends; a second one ends
+at once.
+
+Environment:
+  DATABASE_URL  the PostgreSQL database to keep the checkpoint and the record of
+                handled events in; without it they are in memory
+
+Exit code:
+  0  all events are handled, or Ctrl-C was pressed
+  1  a failure, or the proof failed
+  2  the command line makes no sense";
+
+/// Handles events in several threads, and resumes where it was
+#[derive(Parser)]
+#[command(name = "threaded_batch", after_help = MORE_HELP, args_override_self = true)]
+struct Arguments {
+    /// How many threads handle events, 1 to 1000
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 4,
+        value_parser = value_parser!(u16).range(1..=1_000),
+        allow_negative_numbers = true
+    )]
+    workers: u16,
+
+    /// How many events the stream has
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 20_000,
+        value_parser = value_parser!(i64).range(1..),
+        allow_negative_numbers = true
+    )]
+    events: i64,
+
+    /// Abort the process once this run has handled N events; the last one is then on record, but
+    /// not complete
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    crash_after: Option<NonZeroU64>,
+}
 
 fn main() -> ExitCode {
-    let arguments = match Arguments::parse(env::args_os().skip(1)) {
-        Ok(arguments) => arguments,
-        Err(reason) => {
-            eprintln!("error: {reason}\n\n{USAGE}");
-            return ExitCode::from(2);
-        }
-    };
-    if arguments.help {
-        print!("{USAGE}");
-        return ExitCode::SUCCESS;
-    }
+    let arguments = Arguments::try_parse().unwrap_or_else(|mut error| {
+        // With a value that makes no sense clap does not show the usage by itself.
+        let usage = Arguments::command().render_usage();
+        error.insert(ContextKind::Usage, ContextValue::StyledStr(usage));
+        error.exit()
+    });
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let chain = iter::successors(Some(&*error as &dyn Error), |&cause| cause.source());
-            let causes: Vec<_> = chain.map(ToString::to_string).collect();
-            eprintln!("error: {}", causes.join(": "));
+            eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
     }
-}
-
-struct Arguments {
-    help: bool,
-    workers: usize,
-    events: i64,
-    crash_after: Option<u64>,
-}
-
-impl Arguments {
-    fn parse(mut given: impl Iterator<Item = OsString>) -> Result<Self, String> {
-        let mut parsed = Self { help: false, workers: 4, events: 20_000, crash_after: None };
-        while let Some(argument) = given.next() {
-            match argument.to_str() {
-                Some("-h" | "--help") => parsed.help = true,
-                Some("--workers") => {
-                    let workers = number(given.next().as_deref(), 1..=1_000);
-                    parsed.workers = workers.ok_or("--workers takes a number, 1 to 1000")?;
-                }
-                Some("--events") => {
-                    let events = number(given.next().as_deref(), 1..=i64::MAX);
-                    parsed.events = events.ok_or("--events takes a number, 1 or more")?;
-                }
-                Some("--crash-after") => {
-                    let events = number(given.next().as_deref(), 1..=u64::MAX);
-                    parsed.crash_after =
-                        Some(events.ok_or("--crash-after takes a number, 1 or more")?);
-                }
-                _ => return Err(format!("unknown argument {}", argument.display())),
-            }
-        }
-        Ok(parsed)
-    }
-}
-
-fn number<T: FromStr + PartialOrd>(
-    given: Option<&OsStr>,
-    allowed: std::ops::RangeInclusive<T>,
-) -> Option<T> {
-    let number = given.and_then(OsStr::to_str)?.parse().ok()?;
-    allowed.contains(&number).then_some(number)
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
@@ -184,7 +156,7 @@ fn run(arguments: &Arguments) -> Result<()> {
             handle_all(arguments, &store, &InMemory::default())
         }
         // Its own message would show the value, password and all.
-        Err(VarError::NotUnicode(_)) => Err("DATABASE_URL is not valid Unicode".into()),
+        Err(VarError::NotUnicode(_)) => bail!("DATABASE_URL is not valid Unicode"),
     }
 }
 
@@ -202,7 +174,7 @@ fn handle_all(
     let job = &Job {
         record,
         watermark: Watermark::starting_at(checkpointer.offset()),
-        crash_after: arguments.crash_after,
+        crash_after: arguments.crash_after.map(NonZeroU64::get),
         handled: AtomicU64::new(0),
         repeated: AtomicU64::new(0),
         failed: AtomicBool::new(false),
@@ -214,7 +186,7 @@ fn handle_all(
         // Each thread owns its end of a channel: when it ends, so do those at the other ends.
         let reader = scope.spawn(move || job.read(unread, &to_window, &to_workers));
         let events = Arc::new(Mutex::new(events));
-        let workers: Vec<_> = iter::repeat_n(events, arguments.workers)
+        let workers: Vec<_> = iter::repeat_n(events, arguments.workers.into())
             .map(|events| {
                 let checkpointing = thread::current();
                 scope.spawn(move || job.work(&events, &checkpointing))
@@ -225,8 +197,7 @@ fn handle_all(
         threads.map(outcome).fold(saved, Result::and)
     })?;
 
-    let pending = checkpointer.pending();
-    Proof { proved: 0, ..proof }.report(job, pending, arguments.events)
+    proof.report(job, checkpointer.pending(), arguments.events)
 }
 
 fn outcome(thread: ScopedJoinHandle<'_, Result<()>>) -> Result<()> {
@@ -284,8 +255,7 @@ impl Job<'_> {
         let mut attempt = 1;
         while let Err(error) = self.handle(event, attempt) {
             if attempt == ATTEMPTS {
-                eprintln!("event {event} failed {ATTEMPTS} times");
-                return Err(error);
+                return Err(error.context(format!("event {event} failed {ATTEMPTS} times")));
             }
             thread::sleep(PAUSE * attempt);
             attempt += 1;
@@ -296,9 +266,7 @@ impl Job<'_> {
 
     /// Where the work of a real job is done. An event may come twice, so it must do no harm then.
     fn handle(&self, event: i64, attempt: u32) -> Result<()> {
-        if attempt <= failures(event) {
-            return Err("out of order, try again".into());
-        }
+        ensure!(attempt > failures(event), "out of order, try again");
         self.record.add(event)?;
         let handled = self.handled.fetch_add(1, Ordering::Relaxed) + 1;
         if self.crash_after == Some(handled) {
@@ -364,8 +332,7 @@ impl Drop for Alarm<'_> {
 
 /// How often an event fails before it can be handled: one in 100 once, one in 100 twice.
 fn failures(event: i64) -> u32 {
-    let mixed = event.cast_unsigned().wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
-    match mixed % 100 {
+    match fastrand::Rng::with_seed(event.cast_unsigned()).u8(..100) {
         0 => 1,
         1 => 2,
         _ => 0,
@@ -385,9 +352,7 @@ impl Proof<'_> {
     fn check(&mut self) -> Result<i64> {
         let checkpoint = self.store.get(PROJECTION)?;
         if let Some(event) = self.record.first_missing(self.proved, checkpoint)? {
-            let told =
-                format!("the checkpoint is at {checkpoint}, and event {event} was never handled");
-            return Err(told.into());
+            bail!("the checkpoint is at {checkpoint}, and event {event} was never handled");
         }
         self.proved = checkpoint;
         Ok(checkpoint)
@@ -403,6 +368,7 @@ impl Proof<'_> {
 
     fn report(mut self, job: &Job<'_>, pending: u64, events: i64) -> Result<()> {
         let stopped = STOP.load(Ordering::Relaxed);
+        self.proved = 0; // once more, from the first event
         let checkpoint = self.check()?;
         let totals = self.record.totals()?;
         let mut out = io::stdout().lock();
@@ -412,9 +378,10 @@ impl Proof<'_> {
         writeln!(out, "tried again in this run: {}", job.repeated.load(Ordering::Relaxed))?;
         writeln!(out, "handled in all runs: {}", totals.handled)?;
         writeln!(out, "handled more than once: {}", totals.more_than_once)?;
-        if checkpoint < events && !stopped {
-            return Err(format!("the checkpoint is at {checkpoint}, not at {events}").into());
-        }
+        ensure!(
+            stopped || checkpoint >= events,
+            "the checkpoint is at {checkpoint}, not at {events}"
+        );
         writeln!(out, "proved: each event from 1 to {checkpoint} was handled at least once")?;
         Ok(())
     }
@@ -488,19 +455,25 @@ struct InMemory {
     times: Mutex<BTreeMap<i64, i64>>,
 }
 
+impl InMemory {
+    fn times(&self) -> MutexGuard<'_, BTreeMap<i64, i64>> {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Record for InMemory {
     fn add(&self, event: i64) -> Result<()> {
-        *self.times.lock().map_err(|_| "a panic")?.entry(event).or_default() += 1;
+        *self.times().entry(event).or_default() += 1;
         Ok(())
     }
 
     fn first_missing(&self, from: i64, to: i64) -> Result<Option<i64>> {
-        let times = self.times.lock().map_err(|_| "a panic")?;
+        let times = self.times();
         Ok((from + 1..=to).find(|event| !times.contains_key(event)))
     }
 
     fn totals(&self) -> Result<Totals> {
-        let times = self.times.lock().map_err(|_| "a panic")?;
+        let times = self.times();
         let handled = times.values().sum();
         let more_than_once = times.values().filter(|&&times| times > 1).map(|_| 1).sum();
         Ok(Totals { handled, more_than_once })

@@ -159,10 +159,8 @@ fn a_worker_that_cannot_handle_its_event_ends_the_run_before_that_event() {
         let output =
             batch(Some(&url), &["--workers", workers, "--events", ENDLESS]).output().unwrap();
         let told = failure(&output);
-        assert!(
-            told.contains("event 1234 failed 5 times") && told.contains("no, not this one"),
-            "{told}"
-        );
+        assert!(told.starts_with("error: event 1234 failed 5 times: "), "{told}");
+        assert!(told.contains("no, not this one"), "{told}");
         assert_eq!(store.get(PROJECTION).unwrap(), 1_233, "flushed, and not beyond");
 
         client.batch_execute("DROP TRIGGER refuse ON handled").unwrap();
@@ -181,7 +179,7 @@ fn an_event_missing_before_the_checkpoint_is_found() {
 }
 
 #[test]
-fn another_runner_of_the_same_projection_is_found_out() {
+fn another_runner_of_the_same_projection_is_detected() {
     let (url, _client, store) = database();
     let mut job = Running::start(&url, &["--events", ENDLESS]);
     job.wait_for("saved checkpoint ");
@@ -193,22 +191,46 @@ fn another_runner_of_the_same_projection_is_found_out() {
 
 #[test]
 fn a_command_line_that_makes_no_sense_is_exit_code_2() {
-    for arguments in [
-        &["--workers", "0"][..],
-        &["--workers", "1001"],
-        &["--workers"],
-        &["--events", "0"],
-        &["--events", "-1"],
-        &["--crash-after", "soon"],
-        &["--faster"],
-        &["20000"],
+    for (arguments, named) in [
+        (&["--workers", "0"][..], "--workers"),
+        (&["--workers", "1001"], "--workers"),
+        (&["--workers"], "--workers"),
+        (&["--events", "0"], "--events"),
+        (&["--events", "-1"], "--events"),
+        (&["--crash-after", "0"], "--crash-after"),
+        (&["--crash-after", "soon"], "--crash-after"),
+        (&["--faster"], "--faster"),
+        (&["20000"], "20000"),
     ] {
         let output = batch(None, arguments).output().unwrap();
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");
         let told = stderr(&output);
-        assert!(told.starts_with("error: ") && told.contains("Usage: threaded_batch"), "{told}");
+        let reason = told.lines().next().unwrap();
+        assert!(reason.starts_with("error: ") && reason.contains(named), "{told}");
+        assert!(told.contains("\nUsage: threaded_batch"), "{told}");
+        assert_eq!(stdout(&output), "", "{arguments:?}");
     }
-    assert!(success(&batch(None, &["--help"]).output().unwrap()).contains("--crash-after N"));
+}
+
+#[test]
+fn help_is_printed_on_demand_and_shows_no_secret() {
+    for option in ["--help", "-h"] {
+        let output = batch(Some("postgres://app:hunter2@localhost/app"), &[option]).output();
+        let told = success(&output.unwrap());
+        for part in [
+            "Usage: threaded_batch [OPTIONS]\n",
+            "--workers <N>",
+            "[default: 4]",
+            "--events <N>",
+            "[default: 20000]",
+            "--crash-after <N>",
+            "DATABASE_URL",
+            "Exit code:",
+        ] {
+            assert!(told.contains(part), "{part}: {told}");
+        }
+        assert!(!told.contains("hunter2"), "{told}");
+    }
 }
 
 #[test]
