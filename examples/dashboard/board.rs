@@ -1,6 +1,7 @@
 use std::time::SystemTime;
 
-use checkpoint_store::{Health, HealthCheck, HealthLevel, ProjectionStatus, Result};
+use anyhow::Result;
+use checkpoint_store::{Health, HealthCheck, HealthLevel, ProjectionStatus};
 
 use crate::source::{Head, Opened};
 

@@ -20,49 +20,29 @@
 //! The dashboard only reads: `SELECT` on the checkpoints, and what the head query needs, are
 //! enough for its role. It creates no table, starts while the database is down, and recovers by
 //! itself. It knows no TLS and no users. Where others can reach it, let a proxy add both.
-//!
-//! # Exit code
-//!
-//! 0 after Ctrl-C or a `--check` that found all well, 1 after a failure, 2 when the command line
-//! makes no sense.
 
 mod board;
 mod options;
 mod source;
 mod web;
 
-use std::env;
-use std::error::Error;
 use std::io::{self, Read, Write};
-use std::iter;
 use std::net::{SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
 use std::thread;
 
+use anyhow::{Context as _, Result, anyhow, ensure};
 use tiny_http::Server;
 
 use crate::board::Board;
-use crate::options::{Options, USAGE};
-
-type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
+use crate::options::Options;
 
 fn main() -> ExitCode {
-    let options = match Options::parse(env::args_os().skip(1), env::var_os("DATABASE_URL")) {
-        Ok(Some(options)) => options,
-        Ok(None) => {
-            print!("{USAGE}");
-            return ExitCode::SUCCESS;
-        }
-        Err(reason) => {
-            eprintln!("error: {reason}\n\n{USAGE}");
-            return ExitCode::from(2);
-        }
-    };
-    match run(options) {
+    match run(Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {}", chain(&*error));
+            eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -70,8 +50,8 @@ fn main() -> ExitCode {
 
 fn run(options: Options) -> Result<()> {
     let server = Server::http(options.listen)
-        .map_err(|error| format!("cannot listen on {}: {error}", options.listen))?;
-    let address = server.server_addr().to_ip().ok_or("the server has no address")?;
+        .map_err(|error| anyhow!("cannot listen on {}: {error}", options.listen))?;
+    let address = server.server_addr().to_ip().context("the server has no address")?;
     let board = Board::new(options.source.open()?, options.projections, options.health);
 
     let (end, ended) = mpsc::channel();
@@ -93,9 +73,7 @@ fn check(address: SocketAddr) -> Result<()> {
             web::PAGE => writeln!(out, "GET {path} {status}, {} bytes", body.len())?,
             _ => writeln!(out, "GET {path} {status}\n{body}")?,
         }
-        if !expected.contains(&status) {
-            return Err(format!("GET {path} answered {status}").into());
-        }
+        ensure!(expected.contains(&status), "GET {path} answered {status}");
     }
     Ok(())
 }
@@ -105,13 +83,7 @@ fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
     write!(stream, "GET {path} HTTP/1.0\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or("the answer is cut short")?;
-    let status = head.split(' ').nth(1).ok_or("the answer has no status")?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("the answer is cut short")?;
+    let status = head.split(' ').nth(1).context("the answer has no status")?;
     Ok((status.parse()?, body.to_owned()))
-}
-
-/// An error and its causes, in one line.
-fn chain(error: &(dyn Error + 'static)) -> String {
-    let causes = iter::successors(Some(error), |&error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -1,35 +1,72 @@
-use std::ffi::OsString;
-use std::fmt::Display;
+use std::env;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::str::FromStr;
+use std::num::NonZeroU64;
 use std::time::Duration;
 
+use anyhow::{Context as _, Result, bail};
 use checkpoint_store::{HealthCheck, validate_projection};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{CommandFactory as _, Parser, value_parser};
 
-use crate::Result;
 use crate::source::Source;
 
-pub(crate) const USAGE: &str = "\
-Shows how far each projection is behind its stream.
+const MORE_HELP: &str = "\
+Environment:
+  DATABASE_URL  the PostgreSQL database of the checkpoints, which are in its table
+                public.projection_checkpoints; without it a demo runs in memory
 
-Usage: dashboard [OPTIONS]
+Exit code:
+  0  Ctrl-C was pressed, or --check found all well
+  1  a failure
+  2  the command line makes no sense";
 
-  --head-query SQL         a query for the offset of the last event, one value;
-                           none or NULL is an empty stream. Needed with
-                           DATABASE_URL: 'SELECT max(id) FROM events'
-  --projection NAME        show this one even before its first save; repeatable
-  --critical-lag EVENTS    from this lag on a projection is unhealthy [1000]
-  --stalled-after SECONDS  unhealthy is also one that lags and has not saved for
-                           longer than this [off]
-  --listen ADDRESS         where to serve; port 0 takes a free one, and the first
-                           line of output names it [127.0.0.1:8080]
-  --check                  ask for each page once, print the answers and exit; on
-                           a free port unless --listen names one
-  -h, --help               print this
+/// Shows how far each projection is behind its stream
+#[derive(Parser)]
+#[command(name = "dashboard", after_help = MORE_HELP, args_override_self = true)]
+struct Arguments {
+    /// A query for the offset of the last event, one value; none or NULL is an empty stream; needed
+    /// with `DATABASE_URL`, e.g. 'SELECT max(id) FROM events'
+    #[arg(long, value_name = "SQL", allow_hyphen_values = true)]
+    head_query: Option<String>,
 
-DATABASE_URL in the environment names the PostgreSQL database of the checkpoints,
-in table public.projection_checkpoints. Without it a demo runs in memory.
-";
+    /// Show this projection even before its first save; repeatable
+    #[arg(
+        long = "projection",
+        value_name = "NAME",
+        value_parser = projection,
+        allow_hyphen_values = true
+    )]
+    projections: Vec<String>,
+
+    /// The lag from which on a projection is unhealthy
+    #[arg(
+        long,
+        value_name = "EVENTS",
+        default_value_t = 1_000,
+        value_parser = value_parser!(i64).range(1..),
+        allow_negative_numbers = true
+    )]
+    critical_lag: i64,
+
+    /// A projection that lags and has not saved for longer than this is unhealthy too
+    /// [default: off]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true)]
+    stalled_after: Option<NonZeroU64>,
+
+    /// Where to serve; port 0 takes a free one, and the first line of output names it
+    /// [default: 127.0.0.1:8080]
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<SocketAddr>,
+
+    /// Ask for each page once, print the answers and exit; on a free port unless --listen names one
+    #[arg(long)]
+    check: bool,
+}
+
+fn projection(name: &str) -> checkpoint_store::Result<String> {
+    validate_projection(name)?;
+    Ok(name.to_owned())
+}
 
 pub(crate) struct Options {
     pub(crate) listen: SocketAddr,
@@ -40,63 +77,42 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// `None` stands for a cry for help.
-    pub(crate) fn parse(
-        arguments: impl IntoIterator<Item = OsString>,
-        database_url: Option<OsString>,
-    ) -> Result<Option<Self>> {
-        let mut arguments = arguments.into_iter();
-        let (mut listen, mut check, mut head_query) = (None, false, None);
-        let (mut projections, mut health) = (Vec::new(), HealthCheck::new());
-        while let Some(argument) = arguments.next() {
-            let option = text("an argument", argument)?;
-            let mut value = || {
-                let value = arguments.next().ok_or_else(|| format!("{option} needs a value"))?;
-                text(&option, value)
-            };
-            match option.as_str() {
-                "-h" | "--help" => return Ok(None),
-                "--check" => check = true,
-                "--listen" => listen = Some(parsed(&option, &value()?)?),
-                "--head-query" => head_query = Some(value()?),
-                "--critical-lag" => health = health.critical_lag(positive(&option, &value()?)?),
-                "--stalled-after" => {
-                    let seconds = positive(&option, &value()?)?;
-                    health = health.stalled_after(Duration::from_secs(seconds.unsigned_abs()));
-                }
-                "--projection" => {
-                    let name = value()?;
-                    validate_projection(&name)?;
-                    projections.push(name);
-                }
-                _ => return Err(format!("unknown argument {option:?}").into()),
-            }
+    /// Exits when there are none to be had: for help, or with an error.
+    pub(crate) fn parse() -> Self {
+        let arguments = Arguments::try_parse().unwrap_or_else(|mut error| {
+            // With a value that makes no sense clap does not show the usage by itself.
+            let usage = Arguments::command().render_usage();
+            error.insert(ContextKind::Usage, ContextValue::StyledStr(usage));
+            error.exit()
+        });
+        let source = source(arguments.head_query).unwrap_or_else(|reason| {
+            Arguments::command().error(ErrorKind::ValueValidation, reason).exit()
+        });
+        let mut health = HealthCheck::new().critical_lag(arguments.critical_lag);
+        if let Some(seconds) = arguments.stalled_after {
+            health = health.stalled_after(Duration::from_secs(seconds.get()));
         }
-
-        let database_url = database_url.filter(|url| !url.is_empty());
-        let source = match (database_url, head_query) {
-            (Some(url), Some(query)) => Source::postgres(&text("DATABASE_URL", url)?, &query)?,
-            (None, None) => Source::Demo,
-            (Some(_), None) => return Err("DATABASE_URL needs --head-query".into()),
-            (None, Some(_)) => return Err("--head-query needs DATABASE_URL".into()),
-        };
-        let usual_port = if check { 0 } else { 8080 };
-        let listen = listen.unwrap_or_else(|| (Ipv4Addr::LOCALHOST, usual_port).into());
-        Ok(Some(Self { listen, check, source, projections, health }))
+        let usual_port = if arguments.check { 0 } else { 8080 };
+        Self {
+            listen: arguments.listen.unwrap_or_else(|| (Ipv4Addr::LOCALHOST, usual_port).into()),
+            check: arguments.check,
+            source,
+            projections: arguments.projections,
+            health,
+        }
     }
 }
 
-fn text(what: &str, value: OsString) -> Result<String> {
-    value.into_string().map_err(|_| format!("{what} is not UTF-8").into())
-}
-
-fn parsed<T: FromStr<Err: Display>>(option: &str, value: &str) -> Result<T> {
-    value.parse().map_err(|error| format!("{option} {value:?}: {error}").into())
-}
-
-fn positive(option: &str, value: &str) -> Result<i64> {
-    match parsed(option, value)? {
-        number @ 1.. => Ok(number),
-        _ => Err(format!("{option} {value:?}: not above 0").into()),
+fn source(head_query: Option<String>) -> Result<Source> {
+    let database_url = env::var_os("DATABASE_URL").filter(|url| !url.is_empty());
+    match (database_url, head_query) {
+        (Some(url), Some(query)) => {
+            // The message shows no value: there may be a password in it.
+            let url = url.to_str().context("DATABASE_URL is not UTF-8")?;
+            Source::postgres(url, &query)
+        }
+        (None, None) => Ok(Source::Demo),
+        (Some(_), None) => bail!("DATABASE_URL needs --head-query"),
+        (None, Some(_)) => bail!("--head-query needs DATABASE_URL"),
     }
 }

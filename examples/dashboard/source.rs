@@ -1,10 +1,10 @@
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use checkpoint_store::postgres::{self, Client, Config, NoTls};
+use anyhow::anyhow;
+use checkpoint_store::postgres::{Client, Config, NoTls};
 use checkpoint_store::r2d2::{ManageConnection, Pool};
 use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
 use checkpoint_store::{CheckpointStore, Error, MemoryCheckpointStore, PostgresCheckpointStore};
@@ -35,10 +35,10 @@ pub(crate) struct Head {
 }
 
 impl Source {
-    pub(crate) fn postgres(url: &str, head_query: &str) -> crate::Result<Self> {
+    pub(crate) fn postgres(url: &str, head_query: &str) -> anyhow::Result<Self> {
         // Only the kind of error is told: the details may quote a piece of the password.
         let mut config: Config =
-            url.parse().map_err(|error| format!("DATABASE_URL cannot be read: {error}"))?;
+            url.parse().map_err(|error| anyhow!("DATABASE_URL cannot be read: {error}"))?;
         config
             .connect_timeout(PATIENCE)
             .tcp_user_timeout(SILENCE)
@@ -92,11 +92,11 @@ impl ManageConnection for Connector {
     type Error = InFull;
 
     fn connect(&self) -> Result<Client, InFull> {
-        self.0.connect().map_err(InFull)
+        self.0.connect().map_err(|error| InFull(error.into()))
     }
 
     fn is_valid(&self, client: &mut Client) -> Result<(), InFull> {
-        self.0.is_valid(client).map_err(InFull)
+        self.0.is_valid(client).map_err(|error| InFull(error.into()))
     }
 
     fn has_broken(&self, client: &mut Client) -> bool {
@@ -104,16 +104,9 @@ impl ManageConnection for Connector {
     }
 }
 
-#[derive(Debug)]
-struct InFull(postgres::Error);
-
-impl std::error::Error for InFull {}
-
-impl fmt::Display for InFull {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&crate::chain(&self.0))
-    }
-}
+#[derive(Debug, thiserror::Error)]
+#[error("{0:#}")]
+struct InFull(anyhow::Error);
 
 /// A stream that grows, and projections in every state of health.
 fn demo() -> checkpoint_store::Result<Opened> {

@@ -5,14 +5,13 @@ use std::sync::Arc;
 use std::thread;
 use std::time::SystemTime;
 
-use checkpoint_store::{Error, Health, HealthLevel, ProjectionStatus};
+use checkpoint_store::{Health, HealthLevel, ProjectionStatus};
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::json;
 use tiny_http::{Header, Method, Response, Server};
 
 use crate::board::{Board, Snapshot};
-use crate::chain;
 
 pub(crate) const PAGE: &str = "/";
 pub(crate) const CHECKPOINTS: &str = "/api/projections/checkpoints";
@@ -76,7 +75,7 @@ fn checkpoints(board: &Board) -> Answer {
             let rows = snapshot.projections.iter().map(|(status, _)| Row::from(status));
             json(200, &rows.collect::<Vec<_>>())
         }
-        Err(error) => json(503, &json!({ "error": chain(&error) })),
+        Err(error) => json(503, &json!({ "error": format!("{error:#}") })),
     }
 }
 
@@ -86,13 +85,11 @@ fn health(board: &Board) -> Answer {
             let status = if snapshot.level() == HealthLevel::Unhealthy { 503 } else { 200 };
             json(status, &Report::from(&snapshot))
         }
-        Err(error) => json(503, &unreadable(&error)),
+        Err(error) => {
+            let (level, error) = (HealthLevel::Unhealthy.to_string(), format!("{error:#}"));
+            json(503, &json!({ "level": level, "error": error, "projections": [] }))
+        }
     }
-}
-
-fn unreadable(error: &Error) -> serde_json::Value {
-    let level = HealthLevel::Unhealthy.to_string();
-    json!({ "level": level, "error": chain(error), "projections": [] })
 }
 
 /// What the source system's dashboard shows, under the names that it gave them.

@@ -278,7 +278,7 @@ fn a_projection_that_moves_meanwhile_does_not_look_ahead_of_its_stream() {
 }
 
 #[test]
-fn routes_methods_and_headers() {
+fn each_route_can_only_be_read_and_is_never_cached_and_there_is_no_other() {
     let dashboard = Dashboard::demo(&[]);
     for path in ["/nothing", "/health/", "/api", "//", "/index.html", "/../etc/passwd"] {
         assert_eq!(dashboard.get(path).status, 404, "{path}");
@@ -298,7 +298,11 @@ fn routes_methods_and_headers() {
         assert_eq!(get.headers["cache-control"], "no-store");
         assert_eq!(get.headers["x-content-type-options"], "nosniff");
     }
+}
 
+#[test]
+fn the_page_runs_no_script_but_its_own() {
+    let dashboard = Dashboard::demo(&[]);
     let [first, second] = [dashboard.get("/"), dashboard.get("/")];
     assert_eq!(first.status, 200);
     assert_eq!(first.headers["content-type"], "text/html; charset=utf-8");
@@ -480,23 +484,32 @@ fn ctrl_c_ends_it_with_exit_code_0() {
 #[test]
 fn a_command_line_that_makes_no_sense_is_exit_code_2() {
     for (arguments, why) in [
-        (&["--colour"][..], "unknown argument \"--colour\""),
-        (&["--listen"], "--listen needs a value"),
-        (&["--listen", "everywhere"], "--listen \"everywhere\": invalid socket address"),
-        (&["--critical-lag", "0"], "not above 0"),
-        (&["--critical-lag", "many"], "invalid digit"),
-        (&["--stalled-after", "-1"], "not above 0"),
-        (&["--projection", ""], "invalid projection name"),
+        (&["--colour"][..], "unexpected argument '--colour'"),
+        (&["--listen"], "a value is required for '--listen <ADDRESS>'"),
+        (
+            &["--listen", "everywhere"],
+            "invalid value 'everywhere' for '--listen <ADDRESS>': invalid socket address",
+        ),
+        (&["--critical-lag", "0"], "invalid value '0' for '--critical-lag <EVENTS>'"),
+        (&["--critical-lag", "many"], "invalid value 'many' for '--critical-lag <EVENTS>'"),
+        (&["--stalled-after", "0"], "invalid value '0' for '--stalled-after <SECONDS>'"),
+        (&["--stalled-after", "-1"], "invalid value '-1' for '--stalled-after <SECONDS>'"),
+        (
+            &["--projection", ""],
+            "invalid value '' for '--projection <NAME>': invalid projection name",
+        ),
         (&["--head-query", "SELECT 1"], "--head-query needs DATABASE_URL"),
     ] {
         let (code, stdout, stderr) = run(example("dashboard", "dashboard").args(arguments));
         assert_eq!((code, stdout.as_str()), (Some(2), ""), "{arguments:?}");
-        assert!(stderr.contains(why) && stderr.contains("Usage:"), "{stderr}");
+        assert!(stderr.starts_with(&format!("error: {why}")), "{stderr}");
+        assert!(stderr.contains("\nUsage: dashboard "), "{stderr}");
     }
     let (code, _, stderr) =
         run(example("dashboard", "dashboard").env("DATABASE_URL", "host=localhost user=app"));
     assert_eq!(code, Some(2));
-    assert!(stderr.contains("DATABASE_URL needs --head-query"), "{stderr}");
+    assert!(stderr.starts_with("error: DATABASE_URL needs --head-query\n"), "{stderr}");
+    assert!(stderr.contains("\nUsage: dashboard "), "{stderr}");
 
     let broken = "host=localhost port=many password='hunter2 and more'";
     let (code, _, stderr) = run(example("dashboard", "dashboard")
@@ -504,10 +517,40 @@ fn a_command_line_that_makes_no_sense_is_exit_code_2() {
         .args(["--head-query", HEAD_QUERY]));
     assert_eq!(code, Some(2));
     assert!(stderr.contains("DATABASE_URL cannot be read") && !stderr.contains("hunter"));
+    assert!(stderr.contains("\nUsage: dashboard "), "{stderr}");
+}
 
-    let (code, stdout, stderr) = run(example("dashboard", "dashboard").arg("--help"));
-    assert_eq!((code, stderr.as_str()), (Some(0), ""));
-    assert!(stdout.contains("--head-query SQL"), "{stdout}");
+#[test]
+fn help_is_printed_on_demand_and_shows_no_secret() {
+    for option in ["--help", "-h"] {
+        let (code, stdout, stderr) = run(example("dashboard", "dashboard")
+            .env("DATABASE_URL", "postgres://app:hunter2@localhost/app")
+            .arg(option));
+        assert_eq!((code, stderr.as_str()), (Some(0), ""));
+        for part in [
+            "Usage: dashboard [OPTIONS]\n",
+            "--head-query <SQL>",
+            "[default: 1000]",
+            "[default: 127.0.0.1:8080]",
+            "DATABASE_URL",
+            "Exit code:",
+        ] {
+            assert!(stdout.contains(part), "{part}: {stdout}");
+        }
+        assert!(!stdout.contains("hunter2"), "{stdout}");
+    }
+}
+
+#[test]
+fn options_may_be_repeated_and_begin_with_a_hyphen() {
+    let names = ["-h", "--check", "again"];
+    let mut arguments = vec!["--critical-lag", "1", "--critical-lag", "1000000"];
+    arguments.extend(names.iter().flat_map(|name| ["--projection", name]));
+    let health = Dashboard::demo(&arguments).health();
+    for name in names {
+        let (level, reason) = health.of(name);
+        assert_eq!(level, "degraded", "the last limit counts: {reason}");
+    }
 }
 
 #[test]
@@ -519,12 +562,12 @@ fn a_port_that_is_taken_is_exit_code_1() {
     assert!(stderr.contains(&format!("cannot listen on {address}")), "{stderr}");
 }
 
-/// The rendered table, a row an array: name, reason, health, percent, lag, last save.
+/// The rendered table, one array per row: name, reason, health, percent, lag, last save.
 const TABLE: &str = "[...document.querySelectorAll('tbody tr')].map(row =>
     ['.name', '.reason', '.mark', '.percent', '.lag', 'time'].map(cell =>
         row.querySelector(cell).innerText.replaceAll('\\u00a0', ' ')))";
 const OVERALL: &str = "document.querySelector('#overall')?.innerText";
-/// What the page says of a trouble, if it says anything.
+/// The message of trouble that the page shows, if it shows one.
 const TROUBLE: &str = "[...document.querySelectorAll('#trouble:not([hidden])')]
     .map(trouble => trouble.innerText)[0] ?? null";
 
@@ -576,7 +619,7 @@ fn the_page_shows_each_projection_and_recovers_from_every_trouble() {
     assert_eq!(page.evaluate("document.querySelectorAll('main script').length"), 0);
     let colours = "new Set([...document.querySelectorAll('tbody .mark')].map(mark =>
         getComputedStyle(mark).color)).size";
-    assert_eq!(page.evaluate(colours), 3, "a colour a level");
+    assert_eq!(page.evaluate(colours), 3, "one colour per level");
     let width = "document.querySelector('tbody tr:last-child .fill').style.width";
     assert_eq!(page.evaluate(width), "100%");
 
