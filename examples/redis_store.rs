@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! export REDIS_URL=redis://127.0.0.1/
-//! cargo run --features conformance --example redis_store               # a few events a run; resumes
-//! cargo run --features conformance --example redis_store -- --verify   # tries the store's promises
+//! cargo run --features conformance --example redis_store              # the next few events
+//! cargo run --features conformance --example redis_store -- --verify  # tries the store's promises
 //! ```
 //!
 //! A store owes its users what the trait's documentation says. Most of it is in five habits:
@@ -61,6 +61,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use checkpoint_store::{
     Checkpoint, CheckpointStore, Error, Result, conformance, validate_offset, validate_projection,
 };
+use clap::error::ErrorKind;
+use clap::{CommandFactory as _, Parser};
 use redis::{
     Client, Commands, Connection, RedisError, RedisResult, RetryMethod, ScanOptions, Script,
 };
@@ -303,29 +305,41 @@ fn failure(operation: &'static str, cause: RedisError) -> Error {
     }
 }
 
-const USAGE: &str = "usage: REDIS_URL=redis://127.0.0.1/ redis_store [--verify]";
+const MORE_HELP: &str = "\
+Environment:
+  REDIS_URL  the Redis to use: redis://127.0.0.1/
+
+Exit code:
+  0    all is well
+  1    a failure
+  2    the command line makes no sense, or there is no REDIS_URL
+  101  --verify found a broken promise";
+
+/// Handles the next few events of a stream, and resumes where it was
+#[derive(Parser)]
+#[command(name = "redis_store", after_help = MORE_HELP)]
+struct Arguments {
+    /// Try every promise of the store instead
+    #[arg(long)]
+    verify: bool,
+}
 
 fn main() -> ExitCode {
-    let arguments: Vec<_> = env::args_os().skip(1).collect();
-    let verify = match arguments.as_slice() {
-        [] => false,
-        [argument] if argument == "--verify" => true,
-        _ => {
-            eprintln!("{USAGE}");
-            return ExitCode::from(2);
-        }
-    };
+    let arguments = Arguments::parse();
     let Ok(url) = env::var("REDIS_URL") else {
-        eprintln!("REDIS_URL does not say which Redis to use\n{USAGE}");
-        return ExitCode::from(2);
+        let reason = "REDIS_URL does not say which Redis to use";
+        Arguments::command().error(ErrorKind::MissingRequiredArgument, reason).exit()
     };
-    let outcome = if verify { verify_store(&url) } else { project(&url) };
-    if let Err(error) = outcome {
-        let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
-        eprintln!("{error}{cause}");
-        return ExitCode::FAILURE;
+    let outcome = if arguments.verify { verify_store(&url) } else { project(&url) };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Not the whole chain: a `RedisError` shows its own cause.
+            let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
+            eprintln!("error: {error}{cause}");
+            ExitCode::FAILURE
+        }
     }
-    ExitCode::SUCCESS
 }
 
 /// Tries every promise of a store, under a prefix that nobody has used.
@@ -342,14 +356,14 @@ fn project(url: &str) -> Result<()> {
     const PROJECTION: &str = "order-log";
     const EVENTS: [&str; 7] =
         ["placed", "paid", "packed", "shipped", "delivered", "returned", "refunded"];
-    const EVENTS_A_RUN: usize = 3;
+    const EVENTS_PER_RUN: usize = 3;
 
     let store = RedisCheckpointStore::connect(url, "redis_store example")?;
     let mut checkpoint = store.get(PROJECTION)?;
     println!("{PROJECTION} resumes after event {checkpoint}");
     let resumed_at = checkpoint;
     let new = (1..).zip(EVENTS).filter(|&(offset, _)| offset > resumed_at);
-    for (offset, event) in new.take(EVENTS_A_RUN) {
+    for (offset, event) in new.take(EVENTS_PER_RUN) {
         println!("event {offset}: the order was {event}");
         store.advance(PROJECTION, checkpoint, offset)?;
         checkpoint = offset;

@@ -362,7 +362,7 @@ fn what_others_put_under_the_prefix_is_an_error_or_no_checkpoint_and_stays() {
         assert_backend(store.all(), "all", "");
         assert_backend(store.advance("garbage", 0, 1), "advance", "");
     }
-    store.save("garbage", 7).expect("a save mends it");
+    store.save("garbage", 7).expect("a save fixes it");
 
     client.set::<_, _, ()>(b"{test}:\xff", "not UTF-8").expect("a foreign key");
     assert_backend(store.all(), "all", "");
@@ -506,18 +506,36 @@ fn the_example_verifies_its_store_and_leaves_nothing_behind() {
 fn the_example_says_what_it_lacks() {
     let output = run_example(&[], None);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
-    assert!(stderr(&output).contains("REDIS_URL"), "{output:?}");
+    assert!(stderr(&output).starts_with("error: REDIS_URL"), "{output:?}");
+    assert!(stderr(&output).contains("\nUsage: redis_store"), "{output:?}");
 
     let output = run_example(&["--unknown"], None);
     assert_eq!(output.status.code(), Some(2), "{output:?}");
-    assert!(stderr(&output).contains("usage: "), "{output:?}");
+    assert!(stderr(&output).starts_with("error: "), "{output:?}");
+    assert!(stderr(&output).contains("--unknown"), "{output:?}");
+    assert!(stderr(&output).contains("\nUsage: redis_store"), "{output:?}");
 
     let nobody = format!("redis://:{PASSWORD}@127.0.0.1:{}/", free_port());
     for arguments in [&[][..], &["--verify"]] {
         let output = run_example(arguments, Some(&nobody));
         assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(stderr(&output).starts_with("error: "), "{output:?}");
         assert!(stderr(&output).contains("refused"), "{output:?}");
         assert!(!stderr(&output).contains(PASSWORD), "{output:?}");
+    }
+}
+
+#[test]
+fn the_example_prints_help_on_demand_and_shows_no_secret() {
+    let url = format!("redis://:{PASSWORD}@127.0.0.1/");
+    for option in ["--help", "-h"] {
+        let output = run_example(&[option], Some(&url));
+        assert!(output.status.success(), "{output:?}");
+        let told = stdout(&output);
+        for part in ["Usage: redis_store [OPTIONS]\n", "--verify", "REDIS_URL", "Exit code:"] {
+            assert!(told.contains(part), "{part}: {told}");
+        }
+        assert!(!told.contains(PASSWORD) && stderr(&output).is_empty(), "{output:?}");
     }
 }
 
