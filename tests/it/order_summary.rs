@@ -1,4 +1,4 @@
-//! The main job, `examples/order_summary.rs`, run as its users run it: as a process.
+//! The main job, `examples/order_summary/`, run as its users run it: as a process.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -223,7 +223,7 @@ fn events_are_projected_while_standard_input_is_still_open() {
 }
 
 #[test]
-fn a_checkpoint_that_is_set_back_meanwhile_is_found_out_rather_than_skipped_over() {
+fn a_checkpoint_that_is_set_back_meanwhile_is_detected_rather_than_skipped_over() {
     let database = Database::fresh();
     let events = events(4);
     let mut process = spawn(job(Some(&database.url)).arg("-").stdin(Stdio::piped()));
@@ -296,7 +296,7 @@ fn a_stream_starts_at_offset_1() {
 }
 
 #[test]
-fn once_a_malformed_line_is_mended_the_next_run_goes_on_from_it() {
+fn once_a_malformed_line_is_fixed_the_next_run_goes_on_from_it() {
     let database = Database::fresh();
     let events = events(3_000);
     let whole = json_lines(&events);
@@ -315,7 +315,7 @@ fn once_a_malformed_line_is_mended_the_next_run_goes_on_from_it() {
 }
 
 #[test]
-fn a_read_model_that_was_tampered_with_is_found_out() {
+fn a_read_model_that_was_tampered_with_is_detected() {
     for (tamper, named) in [
         ("UPDATE sales_funnel SET amount_cents = amount_cents + 1 WHERE event = 'paid'", "paid is"),
         ("UPDATE order_summary SET state = 'lost' WHERE order_id = 'o-7'", "o-7 is"),
@@ -366,29 +366,41 @@ fn a_batch_that_the_database_refuses_leaves_no_trace() {
 }
 
 #[test]
-fn help_is_printed_on_demand() {
+fn help_is_printed_on_demand_and_shows_no_secret() {
     for option in ["--help", "-h"] {
-        let output = job(None).arg(option).output().unwrap();
+        let output =
+            job(Some("postgres://app:hunter2@localhost/app")).arg(option).output().unwrap();
         assert_success(&output);
         let stdout = stdout(&output);
-        assert!(stdout.contains("Usage: order_summary [--crash-after N] [FILE]"), "{stdout}");
+        for part in [
+            "Usage: order_summary [OPTIONS] [FILE]\n",
+            "--crash-after <N>",
+            "DATABASE_URL",
+            "Exit code:",
+        ] {
+            assert!(stdout.contains(part), "{stdout}");
+        }
+        assert!(!stdout.contains("hunter2"), "{stdout}");
+        assert_eq!(stderr(&output), "");
     }
 }
 
 #[test]
 fn a_command_line_that_makes_no_sense_is_exit_code_2_and_shows_the_usage() {
     for (arguments, reason) in [
-        (&["--frobnicate"][..], "unknown option --frobnicate"),
-        (&["--crash-after"], "--crash-after takes a number"),
-        (&["--crash-after", "0"], "--crash-after takes a number"),
-        (&["--crash-after", "-5"], "--crash-after takes a number"),
-        (&["--crash-after", "many"], "--crash-after takes a number"),
-        (&["a.jsonl", "b.jsonl"], "more than one FILE"),
+        (&["--frobnicate"][..], "unexpected argument '--frobnicate'"),
+        (&["--crash-after"], "a value is required for '--crash-after <N>'"),
+        (&["--crash-after", "0"], "invalid value '0' for '--crash-after <N>'"),
+        (&["--crash-after", "-5"], "invalid value '-5' for '--crash-after <N>'"),
+        (&["--crash-after", "many"], "invalid value 'many' for '--crash-after <N>'"),
+        (&["a.jsonl", "b.jsonl"], "unexpected argument 'b.jsonl'"),
     ] {
         let output = job(None).args(arguments).output().unwrap();
         assert_eq!(output.status.code(), Some(2), "{arguments:?}: {output:?}");
         let stderr = stderr(&output);
-        assert!(stderr.contains(reason) && stderr.contains("Usage: "), "{arguments:?}: {stderr}");
+        assert!(stderr.starts_with(&format!("error: {reason}")), "{arguments:?}: {stderr}");
+        assert!(stderr.contains("\nUsage: order_summary "), "{arguments:?}: {stderr}");
+        assert_eq!(stdout(&output), "", "{arguments:?}");
     }
 }
 
@@ -421,7 +433,7 @@ fn a_database_url_that_cannot_be_read_is_not_repeated() {
 }
 
 fn job(database_url: Option<&str>) -> Command {
-    let mut job = harness::example("order_summary", "order_summary.rs");
+    let mut job = harness::example("order_summary", "order_summary");
     job.envs(database_url.map(|url| ("DATABASE_URL", url)));
     job
 }
