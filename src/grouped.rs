@@ -167,17 +167,22 @@ impl Turn<'_> {
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        queue.busy = false;
         if let Some(group) = self.group {
             group.outcome.get_or_init(|| {
                 let source = "the thread that saved for the group panicked".into();
                 Err(Arc::new(Error::Unavailable { source }))
             });
-            group.changed.notify_all();
         }
-        if !queue.waiting.is_empty() {
-            queue.group.changed.notify_one();
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        queue.busy = false;
+        let next = (!queue.waiting.is_empty()).then(|| Arc::clone(&queue.group));
+        drop(queue);
+        // Whoever saves next goes first, and finds the queue open.
+        if let Some(next) = next {
+            next.changed.notify_one();
+        }
+        if let Some(group) = self.group {
+            group.changed.notify_all();
         }
     }
 }
