@@ -25,7 +25,7 @@ pub(crate) fn draw(saves: &Measured, threads: &[(usize, Measured)]) -> String {
         .collect();
     chart.bars(&bars, largest(&bars), duration);
 
-    chart.title("Durable saves a second by threads on 8 connections; longer is better");
+    chart.title("Durable saves per second by threads on 8 connections; longer is better");
     let groups: Vec<(usize, Vec<Bar>)> = threads
         .iter()
         .map(|(count, measured)| {
@@ -100,7 +100,7 @@ impl Chart {
     fn finish(self) -> String {
         let height = self.y + 12.0;
         format!(
-            r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" aria-label="How long a durable save takes, and how many threads get done in a second">
+            r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" aria-label="How long a durable save takes, and how many of them threads get done in a second">
   <style>
     text {{ font: 13px system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; fill: #1f2328; }}
     .title {{ font-weight: 600; font-size: 15px; }}
