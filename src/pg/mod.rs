@@ -25,9 +25,8 @@ use self::failure::{Outcome, failure, is_connection_loss, is_rolled_back, no_con
 use self::identifier::Table;
 use self::migrate::{Migration, migrate};
 use self::pool::{AllInUse, ConnectWatch, OPERATION_TIMEOUT, Patience, take};
-use self::prepared::SessionCheck;
+use self::prepared::{Pooled, SessionCheck};
 use self::queries::Queries;
-use self::session::Pooled;
 use crate::checkpoint::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
 

@@ -10,11 +10,35 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use postgres::error::SqlState;
-use postgres::{Client, Statement};
+use postgres::{Client, Row, Statement};
 use r2d2::{CustomizeConnection, ManageConnection, PooledConnection};
 
 use super::failure::Outcome;
-use super::session::Query;
+use super::session::{Parameters, Query, Session, Unnamed};
+
+/// A pooled connection, with prepared statements if the store wants them.
+pub(crate) struct Pooled<'a, M: ManageConnection> {
+    pub(crate) connection: &'a mut PooledConnection<M>,
+    pub(crate) prepared_statements: bool,
+}
+
+impl<M: ManageConnection<Connection = Client>> Session for Pooled<'_, M> {
+    fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
+        if self.prepared_statements {
+            run(self.connection, query, |client, it| client.query(it, parameters))
+        } else {
+            Unnamed(&mut **self.connection).query(query, parameters)
+        }
+    }
+
+    fn execute(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<u64> {
+        if self.prepared_statements {
+            run(self.connection, query, |client, it| client.execute(it, parameters))
+        } else {
+            Unnamed(&mut **self.connection).execute(query, parameters)
+        }
+    }
+}
 
 /// Kept with a pooled connection: its statements, by their text.
 #[derive(Default)]
@@ -43,7 +67,7 @@ fn prepare<M: ManageConnection<Connection = Client>>(
 /// run again, has done nothing: so it is prepared anew and run once more.
 ///
 /// One that is gone again at once, or whose name was taken, tells of a pooler.
-pub(crate) fn run<M: ManageConnection<Connection = Client>, T>(
+fn run<M: ManageConnection<Connection = Client>, T>(
     connection: &mut PooledConnection<M>,
     query: &Query,
     run: impl Fn(&mut Client, &Statement) -> Result<T, postgres::Error>,

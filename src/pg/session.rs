@@ -1,9 +1,7 @@
 use postgres::types::{ToSql, Type};
-use postgres::{Client, GenericClient, Row};
-use r2d2::{ManageConnection, PooledConnection};
+use postgres::{GenericClient, Row};
 
 use super::failure::Outcome;
-use super::prepared;
 
 /// A statement's text with the table's name in it, and the types of its parameters.
 #[derive(Debug)]
@@ -12,7 +10,7 @@ pub(crate) struct Query {
     pub(crate) parameters: &'static [Type],
 }
 
-type Parameters<'a> = &'a [&'a (dyn ToSql + Sync)];
+pub(crate) type Parameters<'a> = &'a [&'a (dyn ToSql + Sync)];
 
 /// Where a query runs.
 pub(crate) trait Session {
@@ -36,28 +34,4 @@ impl<C: GenericClient> Session for Unnamed<'_, C> {
 
 fn typed<'a>(query: &Query, parameters: Parameters<'a>) -> Vec<(&'a (dyn ToSql + Sync), Type)> {
     parameters.iter().copied().zip(query.parameters.iter().cloned()).collect()
-}
-
-/// A pooled connection, with prepared statements if the store wants them.
-pub(crate) struct Pooled<'a, M: ManageConnection> {
-    pub(crate) connection: &'a mut PooledConnection<M>,
-    pub(crate) prepared_statements: bool,
-}
-
-impl<M: ManageConnection<Connection = Client>> Session for Pooled<'_, M> {
-    fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
-        if self.prepared_statements {
-            prepared::run(self.connection, query, |client, it| client.query(it, parameters))
-        } else {
-            Unnamed(&mut **self.connection).query(query, parameters)
-        }
-    }
-
-    fn execute(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<u64> {
-        if self.prepared_statements {
-            prepared::run(self.connection, query, |client, it| client.execute(it, parameters))
-        } else {
-            Unnamed(&mut **self.connection).execute(query, parameters)
-        }
-    }
 }
