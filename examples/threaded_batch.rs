@@ -408,7 +408,7 @@ struct InPostgres<'a> {
 
 impl<'a> InPostgres<'a> {
     fn open(store: &'a PostgresCheckpointStore) -> Result<Self> {
-        let mut client = store.pool().get()?;
+        let mut client = store.connection()?;
         let mut tx = client.transaction()?;
         // `CREATE TABLE IF NOT EXISTS` fails when two run at once; under the lock they take turns.
         store.in_transaction(&mut tx).lock(PROJECTION)?;
@@ -422,7 +422,7 @@ impl<'a> InPostgres<'a> {
 
 impl Record for InPostgres<'_> {
     fn add(&self, event: i64) -> Result<()> {
-        self.store.pool().get()?.execute_typed(
+        self.store.connection()?.execute_typed(
             "INSERT INTO handled AS stored VALUES ($1, 1)
              ON CONFLICT (event) DO UPDATE SET times = stored.times + 1",
             &[(&event, Type::INT8)],
@@ -431,7 +431,7 @@ impl Record for InPostgres<'_> {
     }
 
     fn first_missing(&self, from: i64, to: i64) -> Result<Option<i64>> {
-        let missing = self.store.pool().get()?.query_typed(
+        let missing = self.store.connection()?.query_typed(
             "SELECT event FROM generate_series($1 + 1, $2) AS event
              WHERE NOT EXISTS (SELECT FROM handled WHERE handled.event = event.event)
              ORDER BY event LIMIT 1",
@@ -441,7 +441,7 @@ impl Record for InPostgres<'_> {
     }
 
     fn totals(&self) -> Result<Totals> {
-        let totals = self.store.pool().get()?.query_typed_one(
+        let totals = self.store.connection()?.query_typed_one(
             "SELECT COALESCE(sum(times), 0)::BIGINT, count(*) FILTER (WHERE times > 1)
              FROM handled",
             &[],

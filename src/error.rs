@@ -23,8 +23,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// | [`Backend`](Error::Backend) | retry in a new transaction if [`is_transient`](Error::is_transient), otherwise fix what the cause names |
 /// | [`IncompatibleTable`](Error::IncompatibleTable) | fix the table, or configure another name |
 ///
-/// With the feature `postgres` a `postgres::Error`, of a statement or a commit of your own, and an
-/// `r2d2::Error`, when the pool had no connection in time, become one of these through `?`.
+/// With the feature `postgres` a `postgres::Error`, of a statement or a commit of your own, becomes
+/// one of these through `?`.
 ///
 /// # Examples
 ///

@@ -31,7 +31,7 @@
 //! # Exactly once
 //!
 //! The read model and the checkpoint commit together, or neither does. `?` turns the errors of your
-//! own statements, of the commit and of the pool into [`Error`]s too, so that
+//! own statements, and of the commit, into [`Error`]s too, so that
 //! [`is_transient`](Error::is_transient) judges all of them:
 //!
 //! ```no_run
@@ -41,7 +41,7 @@
 //!
 //! /// Applies the next event, and says whether there was one.
 //! fn apply_next(store: &PostgresCheckpointStore) -> Result<bool> {
-//!     let mut client = store.pool().get()?; // for each try: one that was lost stays lost
+//!     let mut client = store.connection()?; // for each try: one that was lost stays lost
 //!     let mut tx = client.transaction()?;
 //!     let offset = store.in_transaction(&mut tx).lock("revenue")?; // a competing worker waits here
 //!     let event = tx.query_opt("SELECT id, amount FROM events WHERE id > $1 ORDER BY id LIMIT 1", &[&offset])?;
@@ -57,7 +57,7 @@
 //!         match apply_next(store) {
 //!             Ok(true) => {}
 //!             Ok(false) => sleep(Duration::from_millis(200)), // nothing new
-//!             Err(error) if error.is_transient() => sleep(Duration::from_secs(1)),
+//!             Err(error) if error.is_transient() => sleep(Duration::from_secs(1)), // and log it
 //!             Err(error) => return Err(error),
 //!         }
 //!     }

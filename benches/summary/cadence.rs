@@ -8,7 +8,7 @@ use crate::support::{CADENCES, DURABLE, handle_event, only_a_test, store};
 
 /// What each cadence costs while all is well, and what it costs after a crash.
 pub(crate) fn print_table() {
-    println!("| Cadence | Events per second | Read again after a crash, median | At most |");
+    println!("| Cadence | Events per second | Read again after a crash, median | Most seen |");
     println!("|---|---:|---:|---:|");
     let store = store(&DURABLE);
     for (name, cadence, every) in CADENCES {

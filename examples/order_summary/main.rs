@@ -84,7 +84,7 @@ fn apply_exactly_once<P: Projection>(
     batch: &[Arc<OrderEvent>],
     crash: &Crash,
 ) -> Result<i64> {
-    let mut client = store.pool().get()?;
+    let mut client = store.connection()?;
     let mut tx = client.transaction()?;
 
     let checkpoint = store.in_transaction(&mut tx).lock(P::NAME)?;

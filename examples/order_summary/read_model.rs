@@ -20,7 +20,7 @@ impl<P: Projection> ReadModel<'_, P> {
     pub(crate) fn open(&self) -> Result<i64> {
         match self {
             Self::InPostgres(store) => {
-                let mut client = store.pool().get()?;
+                let mut client = store.connection()?;
                 let mut tx = client.transaction()?;
                 // `CREATE TABLE IF NOT EXISTS` fails when two run at once; under the lock they
                 // take turns.
@@ -59,7 +59,7 @@ impl<P: Projection> ReadModel<'_, P> {
     pub(crate) fn read(self) -> Result<Projected<P>> {
         match self {
             Self::InPostgres(store) => {
-                let mut client = store.pool().get()?;
+                let mut client = store.connection()?;
                 let snapshot =
                     client.build_transaction().isolation_level(IsolationLevel::RepeatableRead);
                 let mut tx = snapshot.read_only(true).start()?;

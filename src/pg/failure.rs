@@ -64,13 +64,6 @@ impl From<postgres::Error> for Error {
     }
 }
 
-/// The caller had no connection from the [pool](crate::PostgresCheckpointStore::pool) in time.
-impl From<r2d2::Error> for Error {
-    fn from(source: r2d2::Error) -> Self {
-        Self::Unavailable { source: source.into() }
-    }
-}
-
 pub(crate) fn sql_state<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a SqlState> {
     error.downcast_ref::<postgres::Error>().and_then(postgres::Error::code)
 }

@@ -41,8 +41,9 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 /// connection is tested when it is taken out. When one turns out to be dead, because the server
 /// was restarted, say, operations that can be repeated safely go on with a fresh one: `find`,
 /// `get`, `all`, `save`, `save_many` and `delete`. The caller sees
-/// [`Unavailable`](Error::Unavailable) only when that time has passed; its cause says whether no
-/// connection could be made or all are in use. A repeated `delete` may say `false` for what its
+/// [`Unavailable`](Error::Unavailable) only when that time has passed, or within about a second when
+/// the server refuses every connection, a password say; its cause says whether no connection could
+/// be made or all are in use. A repeated `delete` may say `false` for what its
 /// first try has deleted.
 ///
 /// After an outage a store is back within about 2 seconds of its server. With a pool of the
@@ -229,8 +230,8 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     /// # Examples
     ///
     /// ```no_run
-    /// # fn f(store: checkpoint_store::PostgresCheckpointStore) -> Result<(), Box<dyn std::error::Error>> {
-    /// let mut client = store.pool().get()?;
+    /// # fn f(store: checkpoint_store::PostgresCheckpointStore) -> checkpoint_store::Result<()> {
+    /// let mut client = store.connection()?;
     /// let mut tx = client.transaction()?;
     /// let offset = store.in_transaction(&mut tx).lock("orders")?;
     /// tx.execute("UPDATE totals SET orders = orders + 1", &[])?;
@@ -242,19 +243,45 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
         InTransaction { queries: &self.shared.queries, tx }
     }
 
-    /// The pool, to run the caller's own statements and transactions on.
+    /// A connection of the pool, for the caller's own statements and transactions. It goes back when
+    /// it is dropped.
+    ///
+    /// It waits for one as every operation does, and does not test it: a dead one is an error at its
+    /// first use, and replaced for the next try. Unlike `get` of the [`pool`](Self::pool) it says in
+    /// its error why there is none, and [`is_transient`](Error::is_transient) judges that.
+    ///
+    /// Give it back as it was: begin transactions with `transaction()`, which rolls back when it is
+    /// dropped, and change no setting that outlasts them. After a `BEGIN` of your own that is still
+    /// open, the store's next operation on that connection is part of it: a `save` would return
+    /// `Ok`, and never be committed.
+    ///
+    /// # Errors
+    ///
+    /// [`Unavailable`](Error::Unavailable), with the cause. A thread that holds the pool's last
+    /// connection and wants another one, or calls the store itself, gets it after the time-out.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn f(store: checkpoint_store::PostgresCheckpointStore) -> checkpoint_store::Result<()> {
+    /// let mut client = store.connection()?;
+    /// let mut tx = client.transaction()?;
+    /// tx.execute("UPDATE totals SET orders = orders + 1", &[])?;
+    /// store.in_transaction(&mut tx).save("orders", 42)?;
+    /// tx.commit()?;
+    /// # Ok(()) }
+    /// ```
+    pub fn connection(&self) -> Result<PooledConnection<M>> {
+        self.take("connection", "the store's pool", self.patience().deadline)
+    }
+
+    /// The pool itself.
     ///
     /// Its `Debug` output tells the parameters, host and user among them, without the password;
     /// that of the store tells none.
     ///
-    /// If the builder made it, its `get` waits up to 4 seconds; `get_timeout` as long as it is told.
-    /// A thread that holds the pool's last connection and calls the store itself gets
-    /// [`Unavailable`](Error::Unavailable) after the time-out.
-    ///
-    /// Give connections back as they were: begin transactions with `transaction()`, which rolls back
-    /// when it is dropped, and change no setting that outlasts them. After a `BEGIN` of your own
-    /// that is still open, the store's next operation on that connection is part of it: a `save`
-    /// would return `Ok`, and never be committed.
+    /// If the builder made it, its `get` waits up to 4 seconds, and its error does not always say why;
+    /// [`connection`](Self::connection) does.
     ///
     /// # Examples
     ///
@@ -278,7 +305,7 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     ) -> Result<T> {
         let mut patience = self.patience();
         loop {
-            let mut connection = self.connection(operation, &subject, patience.deadline)?;
+            let mut connection = self.take(operation, &subject, patience.deadline)?;
             match self.run(&mut connection, &mut patience, &mut query) {
                 Err(cause) if is_connection_loss(cause.as_ref()) => {
                     drop(connection);
@@ -302,7 +329,7 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
         let mut patience = self.patience();
         let losses = self.shared.losses.load(Ordering::Relaxed);
         let mut connection = loop {
-            let mut connection = self.connection(operation, &subject, patience.deadline)?;
+            let mut connection = self.take(operation, &subject, patience.deadline)?;
             let known = PooledConnection::extensions(&connection).get::<KnownToWork>();
             if losses == known.map_or(0, |known| known.0) {
                 break connection;
@@ -351,18 +378,24 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
         Patience::until(Instant::now() + time, self.pool.max_size())
     }
 
-    fn connection(
+    fn take(
         &self,
         operation: &'static str,
         subject: impl fmt::Display,
         deadline: Instant,
     ) -> Result<PooledConnection<M>> {
-        let connection = take(&self.pool, deadline).map_err(|timeout| {
+        let last_failure = || self.shared.watch.as_ref().and_then(ConnectWatch::last_failure);
+        // A refused password, say: none is left to come back, and waiting does not bring a new one.
+        let hopeless = || {
+            self.pool.state().connections == 0
+                && last_failure().is_some_and(|cause| transience(&cause) == Some(false))
+        };
+        let connection = take(&self.pool, deadline, hopeless).map_err(|timeout| {
             let size = self.pool.max_size();
             if self.pool.state().connections == size {
                 return no_connection(operation, &subject, AllInUse(size));
             }
-            match self.shared.watch.as_ref().and_then(ConnectWatch::last_failure) {
+            match last_failure() {
                 Some(cause) => no_connection(operation, &subject, cause),
                 None => no_connection(operation, &subject, timeout),
             }

@@ -80,10 +80,11 @@ impl Patience {
     }
 }
 
-/// Takes a connection out of the pool, and waits for one until the deadline.
+/// Takes a connection out of the pool, and waits for one until the deadline, unless there is no hope.
 pub(crate) fn take<M: ManageConnection>(
     pool: &Pool<M>,
     deadline: Instant,
+    hopeless: impl Fn() -> bool,
 ) -> Result<PooledConnection<M>, r2d2::Error> {
     let mut reason: Option<r2d2::Error> = None;
     loop {
@@ -98,7 +99,7 @@ pub(crate) fn take<M: ManageConnection>(
             Some(earlier) if earlier.to_string().len() > timeout.to_string().len() => earlier,
             _ => timeout,
         };
-        if left <= ROUND {
+        if left <= ROUND || hopeless() {
             return Err(told);
         }
         reason = Some(told);

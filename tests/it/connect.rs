@@ -3,9 +3,9 @@
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
-use checkpoint_store::{Error, PostgresCheckpointStore};
+use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore};
 
-use crate::harness::{Options, Server, chain, server, sql_state};
+use crate::harness::{Options, Server, chain, server, sql_state, wait_until};
 
 const AT_ONCE: Duration = Duration::from_secs(5);
 
@@ -102,6 +102,36 @@ fn tls_that_is_required_but_not_to_be_had_is_refused() {
 fn a_pool_of_no_connections_is_refused() {
     let refused = PostgresCheckpointStore::builder().max_connections(0).connect(&server().params());
     assert!(matches!(refused, Err(Error::Backend { operation: "connect", .. })), "{refused:?}");
+}
+
+/// Once it has none left: a password that was changed does not come right by waiting.
+#[test]
+fn a_running_store_that_is_refused_says_so_without_waiting_for_its_time_out() {
+    let options = Options { password: Some("correct horse".to_owned()), ..Options::fast() };
+    let server = Server::start(options);
+    let params = format!("host=127.0.0.1 port={} user=postgres", server.port());
+    let store =
+        PostgresCheckpointStore::connect(&format!("{params} password='correct horse'")).unwrap();
+    store.migrate().unwrap();
+    let mut admin = store.connection().unwrap();
+    admin.batch_execute("ALTER ROLE postgres PASSWORD 'another'").unwrap();
+    admin
+        .batch_execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'postgres'",
+        )
+        .unwrap_err();
+    wait_until("its end is noticed", || {
+        admin.batch_execute("SELECT").is_err() && admin.is_closed()
+    });
+    drop(admin);
+    let started = Instant::now();
+    for refused in [store.connection().map(drop), store.get("orders").map(drop)] {
+        // Far less than the time-out of one of them.
+        assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+        let error = refused.unwrap_err();
+        assert!(matches!(error, Error::Unavailable { .. }) && !error.is_transient(), "{error:?}");
+        assert_eq!(sql_state(&error).as_deref(), Some("28P01"), "{}", chain(&error));
+    }
 }
 
 #[test]

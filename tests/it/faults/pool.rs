@@ -69,7 +69,7 @@ fn a_server_that_gives_fewer_connections_than_the_pool_may_have_is_no_error() {
 
 /// The error of each operation while the store's pool has no connection to give.
 fn refusals(store: &PostgresCheckpointStore) -> Vec<(Error, Duration)> {
-    let calls: [&dyn Fn() -> Result<(), Error>; 8] = [
+    let calls: [&dyn Fn() -> Result<(), Error>; 9] = [
         &|| store.find("orders").map(drop),
         &|| store.get("orders").map(drop),
         &|| store.all().map(drop),
@@ -78,6 +78,7 @@ fn refusals(store: &PostgresCheckpointStore) -> Vec<(Error, Duration)> {
         &|| store.advance("orders", 41, 42),
         &|| store.delete("orders").map(drop),
         &|| store.migrate(),
+        &|| store.connection().map(drop),
     ];
     let refusal = |call: &dyn Fn() -> Result<(), Error>| {
         let started = Instant::now();
@@ -110,7 +111,7 @@ fn who_holds_the_only_connection_and_calls_the_store_is_told_so() {
     assert_eq!(store.get("orders").unwrap(), 43);
     let fault = "the caller itself holds the pool's only connection (time-out 0.2 s here)";
     let longest_wait = refusals.iter().map(|(_, waited)| *waited).max().unwrap();
-    Row::asserted(fault, 8, refusals.len(), longest_wait).print();
+    Row::asserted(fault, refusals.len(), refusals.len(), longest_wait).print();
 }
 
 #[test]
