@@ -90,14 +90,14 @@ pub enum Error {
 
     /// There is no connection, or it was lost. If a write was under way its outcome is unknown:
     /// it happened as a whole or not at all.
-    #[error("the checkpoint store is not available{}", of(subject(source.as_ref())))]
+    #[error("the checkpoint store is not available{}", about(source))]
     Unavailable {
         /// The cause.
         source: Source,
     },
 
     /// The store refused or failed.
-    #[error("{operation} failed{}", of(subject(source.as_ref())))]
+    #[error("{operation} failed{}", about(source))]
     Backend {
         /// What was tried, as a method's name: `save`, say.
         operation: &'static str,
@@ -142,13 +142,14 @@ impl Error {
         matches!(self, Self::Conflict { .. })
     }
 
-    /// Whether the same work is worth another try in a new transaction, without mending anything
+    /// Whether the same work is worth another try in a new transaction, without fixing anything
     /// first: a lost connection, a deadlock, a serialization failure, a lock that was not to be
     /// had. The decision is made on PostgreSQL's SQLSTATE, never on a message.
     ///
     /// Take a new connection for it: one that was lost stays lost. `false` for an
     /// [`Unavailable`](Error::Unavailable) that the server or the TLS connector caused by a refusal:
-    /// a wrong password, a database that is not there. `false` for a [`Conflict`](Error::Conflict): the same work has been done by somebody else.
+    /// a wrong password, a database that is not there. `false` for a
+    /// [`Conflict`](Error::Conflict): the same work has been done by somebody else.
     ///
     /// # Examples
     ///
@@ -181,8 +182,9 @@ fn subject<'a>(_source: &'a (dyn StdError + 'static)) -> Option<&'a str> {
     None
 }
 
-fn of(subject: Option<&str>) -> impl fmt::Display {
-    fmt::from_fn(move |f| match subject {
+/// The end of a message: what the operation was about.
+fn about(source: &Source) -> impl fmt::Display {
+    fmt::from_fn(move |f| match subject(source.as_ref()) {
         Some(subject) => write!(f, ": {subject}"),
         None => Ok(()),
     })

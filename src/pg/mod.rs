@@ -296,6 +296,14 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
         &self.pool
     }
 
+    fn read(&self, operation: &'static str, projection: &str) -> Result<Option<Checkpoint>> {
+        validate_projection(projection)?;
+        let queries = &self.shared.queries;
+        self.repeatable(operation, queries.about(projection), |session| {
+            queries.find(session, projection)
+        })
+    }
+
     /// Runs what may run twice, on fresh connections for as long as the store's patience lasts.
     fn repeatable<T>(
         &self,
@@ -422,11 +430,7 @@ impl<M: ManageConnection<Connection = Client>> fmt::Debug for PostgresCheckpoint
 
 impl<M: ManageConnection<Connection = Client>> CheckpointStore for PostgresCheckpointStore<M> {
     fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
-        validate_projection(projection)?;
-        let queries = &self.shared.queries;
-        self.repeatable("find", queries.about(projection), |session| {
-            queries.find(session, projection)
-        })
+        self.read("find", projection)
     }
 
     fn all(&self) -> Result<Vec<Checkpoint>> {
@@ -463,12 +467,7 @@ impl<M: ManageConnection<Connection = Client>> CheckpointStore for PostgresCheck
     }
 
     fn get(&self, projection: &str) -> Result<i64> {
-        validate_projection(projection)?;
-        let queries = &self.shared.queries;
-        let found = self.repeatable("get", queries.about(projection), |session| {
-            queries.find(session, projection)
-        })?;
-        Ok(found.map_or(0, |checkpoint| checkpoint.offset))
+        Ok(self.read("get", projection)?.map_or(0, |checkpoint| checkpoint.offset))
     }
 
     fn save_many(&self, checkpoints: &[(&str, i64)]) -> Result<()> {

@@ -72,10 +72,7 @@ impl InTransaction<'_, '_> {
     /// # Ok(()) }
     /// ```
     pub fn find(&mut self, projection: &str) -> Result<Option<Checkpoint>> {
-        validate_projection(projection)?;
-        self.queries
-            .find(&mut Unnamed(self.tx), projection)
-            .map_err(|cause| self.failed("find", projection, cause))
+        self.read("find", projection)
     }
 
     /// The projection's offset as this transaction sees it, 0 when there is none. One round trip.
@@ -92,12 +89,7 @@ impl InTransaction<'_, '_> {
     /// # Ok(()) }
     /// ```
     pub fn get(&mut self, projection: &str) -> Result<i64> {
-        validate_projection(projection)?;
-        let found = self
-            .queries
-            .find(&mut Unnamed(self.tx), projection)
-            .map_err(|cause| self.failed("get", projection, cause))?;
-        Ok(found.map_or(0, |checkpoint| checkpoint.offset))
+        Ok(self.read("get", projection)?.map_or(0, |checkpoint| checkpoint.offset))
     }
 
     /// Sets the checkpoint, forwards or back, from the commit on. One round trip.
@@ -295,6 +287,13 @@ impl InTransaction<'_, '_> {
             }
             Err(cause) => Err(cause),
         }
+    }
+
+    fn read(&mut self, operation: &'static str, projection: &str) -> Result<Option<Checkpoint>> {
+        validate_projection(projection)?;
+        self.queries
+            .find(&mut Unnamed(self.tx), projection)
+            .map_err(|cause| self.failed(operation, projection, cause))
     }
 
     fn failed(&self, operation: &'static str, projection: &str, cause: Cause) -> Error {
