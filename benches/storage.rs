@@ -48,7 +48,10 @@ impl Load {
         in_threads(self.threads, |thread| {
             for save in (thread as u64..self.saves()).step_by(self.threads) {
                 let projection = format!("projection {}", save % self.projections);
-                table.store.save(&projection, save.cast_signed()).expect("saved");
+                table
+                    .store
+                    .save(&projection, i64::try_from(save).expect("not so many"))
+                    .expect("saved");
             }
         });
     }

@@ -299,7 +299,7 @@ fn escape_glob(text: &str) -> String {
 /// come back later, while it loads its data, say.
 fn failure(operation: &'static str, cause: RedisError) -> Error {
     if cause.is_io_error() || matches!(cause.retry_method(), RetryMethod::WaitAndRetry) {
-        Error::Unavailable { source: Box::new(cause) }
+        Error::unavailable(operation, cause)
     } else {
         Error::backend(operation, cause)
     }

@@ -332,7 +332,7 @@ impl Drop for Alarm<'_> {
 
 /// How often an event fails before it can be handled: one in 100 once, one in 100 twice.
 fn failures(event: i64) -> u32 {
-    match fastrand::Rng::with_seed(event.cast_unsigned()).u8(..100) {
+    match fastrand::Rng::with_seed(event.unsigned_abs()).u8(..100) {
         0 => 1,
         1 => 2,
         _ => 0,

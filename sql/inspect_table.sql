@@ -3,6 +3,14 @@ SELECT class.relkind::text AS kind,
        attribute.attname::text AS column_name,
        format_type(attribute.atttypid, attribute.atttypmod) AS type_name,
        attribute.attnotnull AS not_null,
+       ARRAY(
+           SELECT needed
+           FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS needed
+           WHERE NOT has_column_privilege(class.oid, attribute.attnum, needed)
+           UNION ALL
+           SELECT 'DELETE'
+           WHERE NOT has_table_privilege(class.oid, 'DELETE')
+       ) AS missing_rights,
        attribute.attgenerated <> '' OR attribute.attidentity = 'a' AS is_generated,
        NOT EXISTS (
            SELECT

@@ -1,8 +1,6 @@
 use std::time::SystemTime;
 
-use crate::{Error, Result};
-
-const MAX_NAME_BYTES: usize = 1_024;
+use crate::ProjectionStatus;
 
 /// How far a projection has got.
 ///
@@ -43,97 +41,28 @@ impl Checkpoint {
     pub fn new(projection: impl Into<String>, offset: i64, updated_at: SystemTime) -> Self {
         Self { projection: projection.into(), offset, updated_at }
     }
-}
 
-/// Checks a projection's name: 1 to 1,024 bytes of UTF-8, without NUL.
-///
-/// Every store of this crate refuses the same names; a custom store calls this first in each
-/// method that takes one.
-///
-/// # Errors
-///
-/// [`Error::InvalidProjection`] with the reason.
-///
-/// # Examples
-///
-/// ```
-/// use checkpoint_store::validate_projection;
-///
-/// assert!(validate_projection("orders by customer, v2 📦").is_ok());
-/// assert!(validate_projection("").is_err());
-/// assert!(validate_projection("nul \0 inside").is_err());
-/// assert!(validate_projection(&"x".repeat(1_025)).is_err());
-/// ```
-pub fn validate_projection(name: &str) -> Result<()> {
-    let reason = if name.is_empty() {
-        "it is empty"
-    } else if name.len() > MAX_NAME_BYTES {
-        "it is longer than 1,024 bytes"
-    } else if name.as_bytes().contains(&0) {
-        "it contains a NUL character"
-    } else {
-        return Ok(());
-    };
-    Err(Error::InvalidProjection { name: name.to_owned(), reason })
-}
-
-/// Checks an offset: zero or more.
-///
-/// # Errors
-///
-/// [`Error::InvalidOffset`] when it is negative.
-///
-/// # Examples
-///
-/// ```
-/// use checkpoint_store::validate_offset;
-///
-/// assert!(validate_offset(0).is_ok());
-/// assert!(validate_offset(-1).is_err());
-/// ```
-pub fn validate_offset(offset: i64) -> Result<()> {
-    if offset < 0 {
-        return Err(Error::InvalidOffset { offset, reason: "an offset is zero or more" });
-    }
-    Ok(())
-}
-
-/// What every store checks before an `advance`.
-pub(crate) fn validate_advance(projection: &str, from: i64, to: i64) -> Result<()> {
-    validate_projection(projection)?;
-    validate_offset(from)?;
-    validate_offset(to)?;
-    if to < from {
-        return Err(Error::InvalidOffset { offset: to, reason: "an advance does not go back" });
-    }
-    Ok(())
-}
-
-/// What every store checks before a `save_many`, so that it is all or nothing for bad input.
-pub(crate) fn validate_all(checkpoints: &[(&str, i64)]) -> Result<()> {
-    checkpoints.iter().try_for_each(|&(projection, offset)| {
-        validate_projection(projection)?;
-        validate_offset(offset)
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_longest_name_is_counted_in_bytes() {
-        assert!(validate_projection(&"ü".repeat(512)).is_ok());
-        assert!(validate_projection(&"ü".repeat(513)).is_err());
-    }
-
-    #[test]
-    fn an_advance_may_stand_still_but_not_go_back() {
-        assert!(validate_advance("p", 5, 5).is_ok());
-        assert!(matches!(validate_advance("p", 5, 4), Err(Error::InvalidOffset { offset: 4, .. })));
-        assert!(matches!(
-            validate_advance("p", -1, 4),
-            Err(Error::InvalidOffset { offset: -1, .. })
-        ));
+    /// Compares the checkpoint with the stream head.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
+    /// # let store = MemoryCheckpointStore::new();
+    /// # store.save("orders", 30)?;
+    /// for checkpoint in store.all()? {
+    ///     let status = checkpoint.status(40);
+    ///     println!("{} is {} events behind", status.projection, status.lag);
+    /// }
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    #[must_use]
+    pub fn status(&self, stream_head: i64) -> ProjectionStatus {
+        ProjectionStatus::new(
+            self.projection.clone(),
+            self.offset,
+            stream_head,
+            Some(self.updated_at),
+        )
     }
 }

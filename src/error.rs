@@ -1,8 +1,7 @@
 use std::error::Error as StdError;
-use std::fmt;
 
 #[cfg(feature = "postgres")]
-use crate::pg::{subject, transience};
+use crate::pg::transience;
 
 type Source = Box<dyn StdError + Send + Sync>;
 
@@ -90,19 +89,31 @@ pub enum Error {
 
     /// There is no connection, or it was lost. If a write was under way its outcome is unknown:
     /// it happened as a whole or not at all.
-    #[error("the checkpoint store is not available{}", about(source))]
+    #[error("the checkpoint store is not available: {operation}{}", about(subject.as_deref()))]
+    #[non_exhaustive]
     Unavailable {
-        /// The cause.
+        /// What was tried, as a method's name: `save`, say.
+        operation: &'static str,
+        /// On what: the projection and its table, say.
+        subject: Option<String>,
+        /// The cause: the `postgres::Error` itself, where there was one connection to lose.
         source: Source,
+        /// What [`is_transient`](Error::is_transient) returns.
+        transient: bool,
     },
 
-    /// The store refused or failed.
-    #[error("{operation} failed{}", about(source))]
+    /// The store refused or failed, and has written nothing.
+    #[error("{operation} failed{}", about(subject.as_deref()))]
+    #[non_exhaustive]
     Backend {
         /// What was tried, as a method's name: `save`, say.
         operation: &'static str,
-        /// The cause.
+        /// On what: the projection and its table, say.
+        subject: Option<String>,
+        /// The cause: the `postgres::Error` itself, where it is one.
         source: Source,
+        /// What [`is_transient`](Error::is_transient) returns.
+        transient: bool,
     },
 }
 
@@ -118,7 +129,27 @@ impl Error {
     /// assert_eq!(error.to_string(), "save failed");
     /// ```
     pub fn backend(operation: &'static str, source: impl Into<Source>) -> Self {
-        Self::Backend { operation, source: source.into() }
+        let source = source.into();
+        let transient = transience(source.as_ref()).unwrap_or(false);
+        Self::Backend { operation, subject: None, source, transient }
+    }
+
+    /// Says that a store cannot be reached, or was lost while it was at work, so that the outcome of
+    /// a write is unknown. For custom stores.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use checkpoint_store::Error;
+    ///
+    /// let error = Error::unavailable("save", std::io::Error::other("connection reset"));
+    /// assert_eq!(error.to_string(), "the checkpoint store is not available: save");
+    /// assert!(error.is_transient());
+    /// ```
+    pub fn unavailable(operation: &'static str, source: impl Into<Source>) -> Self {
+        let source = source.into();
+        let transient = transience(source.as_ref()).unwrap_or(true);
+        Self::Unavailable { operation, subject: None, source, transient }
     }
 
     pub(crate) fn conflict(projection: &str, expected: i64, found: i64) -> Self {
@@ -143,28 +174,41 @@ impl Error {
     }
 
     /// Whether the same work is worth another try in a new transaction, without fixing anything
-    /// first: a lost connection, a deadlock, a serialization failure, a lock that was not to be
-    /// had. The decision is made on PostgreSQL's SQLSTATE, never on a message.
+    /// first. It is decided on severity, SQLSTATE and whose statement it was, never on a message.
     ///
-    /// Take a new connection for it: one that was lost stays lost. `false` for an
-    /// [`Unavailable`](Error::Unavailable) that the server or the TLS connector caused by a refusal:
-    /// a wrong password, a database that is not there. `false` for a
-    /// [`Conflict`](Error::Conflict): the same work has been done by somebody else.
+    /// `true`:
+    ///
+    /// * a lost connection, which is what FATAL and PANIC are whatever their code, and a server that
+    ///   cannot be reached;
+    /// * class 40 (deadlocks, serialization failures) and class 53 (disk, memory, connections);
+    /// * 55P03 and 55006 (a lock that was not to be had, an object in use), 58000 and 58030 (an error
+    ///   of the system or its disk);
+    /// * of the store's own statements 57014, because they only ever wait for a row, and 25006, for
+    ///   the next connection may lead to a server that takes writes.
+    ///
+    /// `false`: everything else. That includes a refused password, certificate or database; an
+    /// ERROR of class 08 or 57 on a connection that lives; and 57014 and 25006 of the caller's own
+    /// statements. A [`Conflict`](Error::Conflict) is not transient either: the same work has been
+    /// done by somebody else.
+    ///
+    /// Take a new connection for the next try: one that was lost stays lost.
+    ///
+    /// Two refusals cannot be told from an outage, and so look transient: all that `PgBouncer`
+    /// refuses, for it gives everything, a wrong password too, the code 08P01; and what a pool of
+    /// the caller's own cannot connect to, because `r2d2` keeps of the cause no more than a text.
     ///
     /// # Examples
     ///
     /// ```
     /// use checkpoint_store::Error;
     ///
-    /// let lost = Error::Unavailable { source: "connection reset".into() };
-    /// assert!(lost.is_transient());
+    /// assert!(Error::unavailable("save", "connection reset").is_transient());
     /// assert!(!Error::backend("save", "disk full").is_transient());
     /// ```
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Unavailable { source } => transience(source.as_ref()).unwrap_or(true),
-            Self::Backend { source, .. } => transience(source.as_ref()).unwrap_or(false),
+            Self::Unavailable { transient, .. } | Self::Backend { transient, .. } => *transient,
             _ => false,
         }
     }
@@ -176,18 +220,9 @@ fn transience(_source: &(dyn StdError + 'static)) -> Option<bool> {
     None
 }
 
-/// What the operation was about, if the cause carries it.
-#[cfg(not(feature = "postgres"))]
-fn subject<'a>(_source: &'a (dyn StdError + 'static)) -> Option<&'a str> {
-    None
-}
-
 /// The end of a message: what the operation was about.
-fn about(source: &Source) -> impl fmt::Display {
-    fmt::from_fn(move |f| match subject(source.as_ref()) {
-        Some(subject) => write!(f, ": {subject}"),
-        None => Ok(()),
-    })
+fn about(subject: Option<&str>) -> String {
+    subject.map_or_else(String::new, |subject| format!(": {subject}"))
 }
 
 /// The quoted text, cut where it would drown the message.

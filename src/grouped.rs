@@ -2,8 +2,8 @@ use std::fmt;
 use std::mem;
 use std::sync::{Arc, OnceLock, PoisonError};
 
-use crate::checkpoint::{validate_all, validate_offset, validate_projection};
 use crate::sync::{Condvar, Mutex, MutexGuard, yield_now};
+use crate::validate::{validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
 
 /// Merges saves that wait at the same time into one
@@ -169,8 +169,8 @@ impl Drop for Turn<'_> {
     fn drop(&mut self) {
         if let Some(group) = self.group {
             group.outcome.get_or_init(|| {
-                let source = "the thread that saved for the group panicked".into();
-                Err(Arc::new(Error::Unavailable { source }))
+                let source = "the thread that saved for the group panicked";
+                Err(Arc::new(Error::unavailable("save", source)))
             });
         }
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
@@ -192,7 +192,7 @@ fn share(outcome: &Result<(), Arc<Error>>) -> Result<()> {
     let Err(failure) = outcome else { return Ok(()) };
     let source = GroupFailure(Arc::clone(failure));
     Err(match &**failure {
-        Error::Unavailable { .. } => Error::Unavailable { source: Box::new(source) },
+        Error::Unavailable { operation, .. } => Error::unavailable(operation, source),
         Error::Backend { operation, .. } => Error::backend(operation, source),
         Error::IncompatibleTable { table, reason } => {
             Error::IncompatibleTable { table: table.clone(), reason: reason.clone() }

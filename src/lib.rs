@@ -249,17 +249,21 @@ mod monitor;
 mod pg;
 mod store;
 mod sync;
+mod validate;
 mod watermark;
 
-pub use checkpoint::{Checkpoint, validate_offset, validate_projection};
+pub use checkpoint::Checkpoint;
 pub use checkpointer::{Cadence, Checkpointer};
 pub use error::{Error, Result};
 pub use grouped::GroupedCheckpointStore;
 pub use memory::MemoryCheckpointStore;
 pub use monitor::{Health, HealthCheck, HealthLevel, ProjectionStatus};
 #[cfg(feature = "postgres")]
-pub use pg::{InTransaction, PostgresCheckpointStore, PostgresCheckpointStoreBuilder};
+pub use pg::{
+    InTransaction, PooledClient, PostgresCheckpointStore, PostgresCheckpointStoreBuilder,
+};
 pub use store::CheckpointStore;
+pub use validate::{validate_advance, validate_offset, validate_projection};
 pub use watermark::Watermark;
 
 #[cfg(feature = "postgres")]

@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use crate::checkpoint::{validate_advance, validate_all, validate_offset, validate_projection};
+use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
 
 /// A store in this process's memory, for tests and for read models that live in memory too.

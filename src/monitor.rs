@@ -1,7 +1,7 @@
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
-use crate::{Checkpoint, CheckpointStore, Result};
+use crate::{CheckpointStore, Result};
 
 /// Where a projection stands, compared with its stream: a row of a dashboard.
 ///
@@ -55,7 +55,7 @@ impl ProjectionStatus {
     ///
     /// The stream head is older than what this reads. On a busy stream a projection that has moved
     /// on meanwhile then looks ahead of it. Where that matters, read the checkpoints first, then
-    /// ask for the stream head, and compare with [`Checkpoint::status`].
+    /// ask for the stream head, and compare with [`Checkpoint::status`](crate::Checkpoint::status).
     ///
     /// # Errors
     ///
@@ -76,7 +76,7 @@ impl ProjectionStatus {
         })
     }
 
-    fn new(
+    pub(crate) fn new(
         projection: String,
         checkpoint: i64,
         stream_head: i64,
@@ -89,32 +89,6 @@ impl ProjectionStatus {
         };
         let lag = stream_head.saturating_sub(checkpoint);
         Self { projection, checkpoint, stream_head, lag, percent_complete, updated_at }
-    }
-}
-
-impl Checkpoint {
-    /// Compares the checkpoint with the stream head.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// # use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
-    /// # let store = MemoryCheckpointStore::new();
-    /// # store.save("orders", 30)?;
-    /// for checkpoint in store.all()? {
-    ///     let status = checkpoint.status(40);
-    ///     println!("{} is {} events behind", status.projection, status.lag);
-    /// }
-    /// # Ok::<(), checkpoint_store::Error>(())
-    /// ```
-    #[must_use]
-    pub fn status(&self, stream_head: i64) -> ProjectionStatus {
-        ProjectionStatus::new(
-            self.projection.clone(),
-            self.offset,
-            stream_head,
-            Some(self.updated_at),
-        )
     }
 }
 
@@ -349,6 +323,7 @@ impl HealthCheck {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Checkpoint;
 
     const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 
@@ -375,14 +350,14 @@ mod tests {
 
     #[test]
     fn only_a_projection_that_lags_can_be_stalled() {
-        let check = HealthCheck::new().stalled_after(Duration::from_mins(1));
+        let check = HealthCheck::new().stalled_after(Duration::from_secs(60));
         let later = NOW + Duration::from_secs(90);
         let stalled = check.assess(&status(8, 50), later);
         assert_eq!(stalled, Health::Stalled { lag: 42, idle: Duration::from_secs(90) });
         assert_eq!(stalled.to_string(), "projection stalled: 42 events behind, not saved for 90 s");
         assert_eq!(check.assess(&status(50, 50), later), Health::CaughtUp);
         assert_eq!(check.assess(&status(51, 50), later), Health::AheadOfHead { by: 1 });
-        let at_the_limit = NOW + Duration::from_mins(1);
+        let at_the_limit = NOW + Duration::from_secs(60);
         assert_eq!(check.assess(&status(8, 50), at_the_limit), Health::Lagging { lag: 42 });
         let never_saved = ProjectionStatus::not_started("orders", 42);
         assert_eq!(check.assess(&never_saved, later), Health::Lagging { lag: 42 });

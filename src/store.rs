@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use crate::checkpoint::validate_all;
+use crate::validate::validate_all;
 use crate::{Checkpoint, Result};
 
 /// Remembers how far each projection has got.

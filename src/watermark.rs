@@ -153,8 +153,12 @@ impl Watermark {
         if !window.open.remove(&offset) {
             return Err(Error::InvalidOffset { offset, reason: "this event is not in flight" });
         }
-        while let Some(done) = window.begun.pop_front_if(|first| !window.open.contains(first)) {
-            window.watermark = done;
+        while let Some(&first) = window.begun.front() {
+            if window.open.contains(&first) {
+                break;
+            }
+            window.begun.pop_front();
+            window.watermark = first;
         }
         Ok(window.watermark)
     }

@@ -19,7 +19,7 @@ pub(crate) fn benchmark(criterion: &mut Criterion) {
         let table = LazyLock::new(|| Table::new(&DURABLE));
         group.throughput(Throughput::Elements(count));
         group.bench_function(BenchmarkId::new("new", count), |bencher| {
-            let mut client = table.store.pool().get().expect("a connection");
+            let mut client = table.store.connection().expect("a connection");
             let empty = format!("TRUNCATE {}.projection_checkpoints", table.schema);
             let emptied = || {
                 client.batch_execute(&empty).expect("an empty table");

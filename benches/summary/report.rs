@@ -89,7 +89,7 @@ pub(crate) fn thousands(number: f64) -> String {
     let digits = format!("{:.0}", (number / magnitude).round() * magnitude);
     let mut grouped = String::new();
     for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+        if index > 0 && (digits.len() - index) % 3 == 0 {
             grouped.push(',');
         }
         grouped.push(digit);

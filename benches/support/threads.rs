@@ -42,7 +42,7 @@ pub(crate) fn times_each(
 ) -> Duration {
     in_threads(threads, |thread| {
         let projection = thread.to_string();
-        for offset in 0..times.cast_signed() {
+        for offset in 0..i64::try_from(times).expect("not so many") {
             operation(&projection, offset);
         }
     })

@@ -71,8 +71,7 @@ fn in_postgres(config: Config, head_query: String) -> Opened {
         .build_unchecked(Connector(PostgresConnectionManager::new(config, NoTls)));
     let store = PostgresCheckpointStore::new(pool.clone());
     let head = move || {
-        let mut client =
-            pool.get().map_err(|timeout| Error::Unavailable { source: timeout.into() })?;
+        let mut client = pool.get().map_err(|timeout| Error::unavailable("connection", timeout))?;
         client
             .query_typed(&head_query, &[])
             .and_then(|rows| {

@@ -24,7 +24,7 @@ impl Progress {
         self.read += 1;
         match &self.bar {
             Some(bar) => bar.inc(1),
-            None if self.read.is_multiple_of(10_000) => eprintln!("{} events read", self.read),
+            None if self.read % 10_000 == 0 => eprintln!("{} events read", self.read),
             None => {}
         }
     }

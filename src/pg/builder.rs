@@ -1,17 +1,15 @@
-use std::fmt;
+use std::time::Duration;
 
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::{Client, Config, NoTls, Socket};
 use r2d2::{ManageConnection, Pool};
-use r2d2_postgres::PostgresConnectionManager;
 
-use super::failure::{failure, no_connection};
+use super::PostgresCheckpointStore;
+use super::connect::{ConnectError, Connector, ServerName};
+use super::connections::{Connections, DEFAULT_TIMEOUT};
+use super::failure::{Cause, failure, no_connection};
 use super::identifier::Table;
-use super::pool::{
-    ConnectWatch, OPERATION_TIMEOUT, POOL_TIMEOUT, bound_network_waits, connect_within,
-};
-use super::prepared::{SessionCheck, refuse_shared_sessions};
-use super::{Options, PostgresCheckpointStore};
+use super::prepared::refuse_shared_sessions;
 use crate::{Error, Result};
 
 /// Configures a [`PostgresCheckpointStore`]; made by [`PostgresCheckpointStore::builder`].
@@ -34,17 +32,24 @@ use crate::{Error, Result};
 pub struct PostgresCheckpointStoreBuilder {
     schema: String,
     table: String,
-    options: Options,
+    updated_at_index: bool,
+    prepared_statements: bool,
     max_connections: u32,
+    connection_timeout: Option<Duration>,
 }
+
+/// PostgreSQL itself takes no more: `MAX_BACKENDS` in its source.
+const MOST_CONNECTIONS: u32 = 262_143;
 
 impl Default for PostgresCheckpointStoreBuilder {
     fn default() -> Self {
         Self {
             schema: Table::DEFAULT_SCHEMA.to_owned(),
             table: Table::DEFAULT_TABLE.to_owned(),
-            options: Options::default(),
+            updated_at_index: false,
+            prepared_statements: false,
             max_connections: 10,
+            connection_timeout: None,
         }
     }
 }
@@ -97,7 +102,7 @@ impl PostgresCheckpointStoreBuilder {
     /// let builder = PostgresCheckpointStore::builder().updated_at_index(true);
     /// ```
     pub fn updated_at_index(mut self, wanted: bool) -> Self {
-        self.options.updated_at_index = wanted;
+        self.updated_at_index = wanted;
         self
     }
 
@@ -140,13 +145,14 @@ impl PostgresCheckpointStoreBuilder {
     /// let builder = PostgresCheckpointStore::builder().prepared_statements(true);
     /// ```
     pub fn prepared_statements(mut self, kept: bool) -> Self {
-        self.options.prepared_statements = kept;
+        self.prepared_statements = kept;
         self
     }
 
     /// The size of the pool that `connect` and `connect_tls` make. The default is 10.
     ///
-    /// Connections are opened as they are needed. The pool given to
+    /// Connections are opened as they are needed. 1 to 262,143, which is what PostgreSQL can have;
+    /// `connect` refuses other numbers. The pool given to
     /// [`build`](PostgresCheckpointStoreBuilder::build) keeps the size it has.
     ///
     /// # Examples
@@ -160,13 +166,38 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
+    /// How long an operation waits for a connection, and tries again after a lost one. The default is
+    /// 30 seconds, or with [`build`](PostgresCheckpointStoreBuilder::build) the `connection_timeout`
+    /// of that pool.
+    ///
+    /// So long does an operation, and a program that is to end, hang on to a server that is away. It
+    /// does not bound how long a server takes for an answer. More than zero: `connect` and `build`
+    /// refuse it otherwise.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::PostgresCheckpointStore;
+    /// use std::time::Duration;
+    ///
+    /// let for_a_health_check =
+    ///     PostgresCheckpointStore::builder().connection_timeout(Duration::from_secs(2));
+    /// ```
+    pub fn connection_timeout(mut self, timeout: Duration) -> Self {
+        self.connection_timeout = Some(timeout);
+        self
+    }
+
     /// Connects without TLS. `params` is a URL or `key=value` pairs, as in
     /// [`postgres::Config`].
     ///
     /// One connection is made, and closed, before this returns, so that what is wrong is named at
-    /// once. Later operations wait up to 30 seconds for a connection, the pool's own `get` up to 4;
-    /// for other times make the pool yourself, with its `connection_timeout`, and
-    /// [`build`](PostgresCheckpointStoreBuilder::build).
+    /// once.
+    ///
+    /// Of several hosts, or several addresses of one, the first that gives a connection is taken. Each
+    /// has `connect_timeout` and a second to let the store in, then the next is asked; who has not
+    /// answered is asked last from then on. So neither a frozen standby nor a proxy that has gone mute
+    /// keeps the store down.
     ///
     /// Where the parameters are silent, or give the default of `postgres`, these hold instead:
     /// `connect_timeout` 4 seconds per address, `tcp_user_timeout` 10 seconds, `keepalives_idle` 10
@@ -180,7 +211,8 @@ impl PostgresCheckpointStoreBuilder {
     /// pool's connections, after 10; the others after 30, for they are tried again until then.
     /// The longest that any of them can take is 50 seconds: 30, and then 20 until TCP gives up on
     /// an answer that is outstanding. A connection of your own, not from
-    /// [`pool`](PostgresCheckpointStore::pool), has the bounds that you gave it, by default none.
+    /// [`connection`](PostgresCheckpointStore::connection), has the bounds that you gave it, by
+    /// default none.
     ///
     /// The server does not notice as soon: what a lost client's transaction has locked stays
     /// locked until the server's own `tcp_keepalives_idle`, two hours by default, or its
@@ -189,8 +221,8 @@ impl PostgresCheckpointStoreBuilder {
     /// # When the server stands still
     ///
     /// A server that is stopped, or waits for a dead disk, while its kernel still acknowledges
-    /// what is sent, looks alive to TCP. Whoever needs a new connection is told after 30 seconds;
-    /// **an operation that has a connection waits until the server goes on**, and then succeeds.
+    /// what is sent, looks alive to TCP. `connect` fails after 5 seconds per address, and whoever needs
+    /// a new connection is told after 30; **an operation that has a connection waits until the server goes on**, and then succeeds.
     /// The `postgres` crate has no time-out for an answer, `statement_timeout` is the server's to
     /// keep, and a request to cancel would wait as well. Where that is not good enough let a
     /// watchdog end the process once the projection has made no progress for too long: nothing
@@ -241,11 +273,7 @@ impl PostgresCheckpointStoreBuilder {
     ///     .connect_tls("host=db.example user=app sslmode=require", tls_connector)?;
     /// # Ok::<(), checkpoint_store::Error>(())
     /// ```
-    pub fn connect_tls<T>(
-        self,
-        params: &str,
-        tls: T,
-    ) -> Result<PostgresCheckpointStore<PostgresConnectionManager<T>>>
+    pub fn connect_tls<T>(self, params: &str, tls: T) -> Result<PostgresCheckpointStore>
     where
         T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
         T::TlsConnect: Send,
@@ -253,37 +281,40 @@ impl PostgresCheckpointStoreBuilder {
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
         let table = Table::new(&self.schema, &self.table)?;
-        if self.max_connections == 0 {
-            return Err(Error::backend("connect", "max_connections is 0, and must be 1 or more"));
+        self.check_timeout("connect")?;
+        if !(1..=MOST_CONNECTIONS).contains(&self.max_connections) {
+            let reason = format!(
+                "max_connections is {}, and must be 1 to {MOST_CONNECTIONS}",
+                self.max_connections
+            );
+            return Err(Error::backend("connect", reason));
         }
-        let mut config = params.parse::<Config>().map_err(|error| unreadable(&error))?;
-        bound_network_waits(&mut config);
+        let config = params.parse::<Config>().map_err(|error| unreadable(&error))?;
 
         let server = ServerName::of(&config);
-        let manager = move || PostgresConnectionManager::new(config.clone(), tls.clone());
-        let mut first = connect_within(OPERATION_TIMEOUT, manager())
-            .map_err(|cause| no_connection("connect", &server, cause))?;
-        if self.options.prepared_statements {
+        let connector = Connector::new(config, tls);
+        let mut first = connector.connect().map_err(|cause| {
+            let cause: Cause = match cause {
+                ConnectError::Failed(error) => error.into(),
+                silence @ ConnectError::NoAnswer { .. } => silence.into(),
+            };
+            no_connection("connect", &server, cause)
+        })?;
+        if self.prepared_statements {
             // Where no more than one connection is to be had, there is nothing to find out.
-            let another = || connect_within(OPERATION_TIMEOUT, manager()).ok();
+            let another = || connector.connect().ok();
             refuse_shared_sessions(&mut first, another)
                 .map_err(|cause| failure("connect", server, cause))?;
         }
         drop(first);
 
-        let (watch, sessions) = (ConnectWatch::default(), SessionCheck::default());
-        let mut pool = Pool::builder()
-            .max_size(self.max_connections)
-            .min_idle(Some(0))
-            .connection_timeout(POOL_TIMEOUT)
-            .test_on_check_out(false)
-            .error_handler(Box::new(watch.clone()))
-            .event_handler(Box::new(watch.clone()));
-        if self.options.prepared_statements {
-            pool = pool.connection_customizer(Box::new(sessions.clone()));
-        }
-        let pool = pool.build_unchecked(manager());
-        Ok(PostgresCheckpointStore::assemble(pool, table, self.options, Some(watch), sessions))
+        let connections = Connections::open(
+            connector,
+            self.max_connections,
+            self.connection_timeout.unwrap_or(DEFAULT_TIMEOUT),
+            self.prepared_statements,
+        );
+        Ok(PostgresCheckpointStore::assemble(table, connections, self.updated_at_index))
     }
 
     /// Uses the caller's pool, whatever it was configured with.
@@ -293,7 +324,8 @@ impl PostgresCheckpointStoreBuilder {
     ///
     /// # Errors
     ///
-    /// [`InvalidIdentifier`](crate::Error::InvalidIdentifier). No connection is made.
+    /// [`InvalidIdentifier`](crate::Error::InvalidIdentifier); [`Backend`](crate::Error::Backend) when
+    /// `connection_timeout` is 0. No connection is made.
     ///
     /// # Examples
     ///
@@ -311,13 +343,21 @@ impl PostgresCheckpointStoreBuilder {
     /// let store = PostgresCheckpointStore::builder().schema("staging").build(pool)?;
     /// # Ok::<(), checkpoint_store::Error>(())
     /// ```
-    pub fn build<M>(self, pool: Pool<M>) -> Result<PostgresCheckpointStore<M>>
+    pub fn build<M>(self, pool: Pool<M>) -> Result<PostgresCheckpointStore>
     where
         M: ManageConnection<Connection = Client>,
     {
         let table = Table::new(&self.schema, &self.table)?;
-        let sessions = SessionCheck::default();
-        Ok(PostgresCheckpointStore::assemble(pool, table, self.options, None, sessions))
+        self.check_timeout("build")?;
+        let connections = Connections::of(pool, self.connection_timeout, self.prepared_statements);
+        Ok(PostgresCheckpointStore::assemble(table, connections, self.updated_at_index))
+    }
+
+    fn check_timeout(&self, operation: &'static str) -> Result<()> {
+        match self.connection_timeout {
+            Some(Duration::ZERO) => Err(Error::backend(operation, "connection_timeout is 0")),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -329,38 +369,4 @@ fn unreadable(error: &postgres::Error) -> Error {
          percent-encoded, and a value with blanks quoted among key=value pairs"
     );
     Error::backend("connect", reason)
-}
-
-/// Where a connection was to go, without saying as whom.
-struct ServerName(String);
-
-impl ServerName {
-    fn of(config: &Config) -> Self {
-        use postgres::config::Host;
-        let ports = config.get_ports();
-        let port = |i: usize| ports.get(i).or(ports.first()).copied().unwrap_or(5432);
-        let named: Vec<_> = match config.get_hosts() {
-            [] => config.get_hostaddrs().iter().map(ToString::to_string).collect(),
-            hosts => hosts
-                .iter()
-                .map(|host| match host {
-                    Host::Tcp(name) => name.clone(),
-                    #[cfg(unix)]
-                    Host::Unix(path) => path.display().to_string(),
-                })
-                .collect(),
-        };
-        let addresses =
-            named.into_iter().enumerate().map(|(i, host)| format!("{host}:{}", port(i)));
-        Self(addresses.collect::<Vec<_>>().join(","))
-    }
-}
-
-impl fmt::Display for ServerName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.as_str() {
-            "" => f.write_str("no host is given"),
-            server => write!(f, "server {server}"),
-        }
-    }
 }

@@ -1,3 +1,5 @@
+//! What an error of PostgreSQL means: for the connection, for another try, for the caller.
+
 use std::error::Error as StdError;
 use std::fmt;
 use std::io;
@@ -10,112 +12,166 @@ use crate::Error;
 pub(crate) type Cause = Box<dyn StdError + Send + Sync>;
 pub(crate) type Outcome<T> = Result<T, Cause>;
 
-/// Carries what an operation was about from the place of the failure to the message of the
-/// [`Error`]. In the chain of causes it stands for the other side.
-#[derive(Debug, thiserror::Error)]
-#[error("PostgreSQL")]
-struct About {
-    subject: String,
-    source: Cause,
+/// What a failed statement has done, and what it leaves behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Aftermath {
+    /// The connection is gone, and with it the knowledge of what the server did last.
+    Lost,
+    /// Nothing, and it never will on this connection: the server has become read-only, or a failed
+    /// transaction was left open.
+    Unfit,
+    /// Nothing: the server has rolled it back because of others at the same time.
+    RolledBack,
+    /// Nothing: it was refused.
+    Refused,
 }
 
-/// Turns what an operation ran into into the error that the caller sees.
+impl Aftermath {
+    pub(crate) fn of(cause: &(dyn StdError + 'static)) -> Self {
+        let Some(error) = cause.downcast_ref::<postgres::Error>() else { return Self::Refused };
+        if is_connection_loss(error) {
+            return Self::Lost;
+        }
+        match error.code() {
+            Some(&SqlState::READ_ONLY_SQL_TRANSACTION | &SqlState::IN_FAILED_SQL_TRANSACTION) => {
+                Self::Unfit
+            }
+            Some(&SqlState::T_R_SERIALIZATION_FAILURE | &SqlState::T_R_DEADLOCK_DETECTED) => {
+                Self::RolledBack
+            }
+            _ => Self::Refused,
+        }
+    }
+}
+
+/// Whose statement has failed. The store's own only ever wait for a row, and only ever write where
+/// the caller may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Statement {
+    OfTheStore,
+    OfTheCaller,
+}
+
+/// Turns what a statement of the store ran into into the error that the caller sees.
 pub(crate) fn failure(
     operation: &'static str,
     subject: impl fmt::Display,
     source: impl Into<Cause>,
 ) -> Error {
     let source = source.into();
-    if is_connection_loss(source.as_ref()) {
-        return no_connection(operation, subject, source);
+    let error = source.downcast_ref::<postgres::Error>();
+    if error.is_some_and(is_connection_loss) {
+        let subject = Some(subject.to_string());
+        return Error::Unavailable { operation, subject, source, transient: true };
     }
-    let subject = match sql_state(source.as_ref()) {
+    let transient = error.is_some_and(|error| is_passing(error, Statement::OfTheStore));
+    let subject = Some(match error.and_then(postgres::Error::code) {
         Some(&SqlState::UNDEFINED_TABLE) => {
             format!("{subject}, which is not there: `migrate` makes it")
         }
         _ => subject.to_string(),
-    };
-    Error::backend(operation, About { subject, source })
+    });
+    Error::Backend { operation, subject, source, transient }
 }
 
+/// The error of an operation for which there was no connection.
 pub(crate) fn no_connection(
     operation: &'static str,
     subject: impl fmt::Display,
     source: impl Into<Cause>,
 ) -> Error {
-    let subject = format!("{operation}: {subject}");
-    Error::Unavailable { source: Box::new(About { subject, source: source.into() }) }
-}
-
-/// What an error of this module was about.
-pub(crate) fn subject<'a>(source: &'a (dyn StdError + 'static)) -> Option<&'a str> {
-    source.downcast_ref::<About>().map(|about| about.subject.as_str())
+    let source = source.into();
+    let transient = !is_refusal(source.as_ref());
+    Error::Unavailable { operation, subject: Some(subject.to_string()), source, transient }
 }
 
 /// What the caller's own statements run into, so that `?` carries it out of a function that returns
 /// this crate's [`Result`](crate::Result), and [`Error::is_transient`] judges it.
 impl From<postgres::Error> for Error {
     fn from(source: postgres::Error) -> Self {
-        if is_connection_loss(&source) {
-            Self::Unavailable { source: source.into() }
+        let lost = is_connection_loss(&source);
+        let transient = lost || is_passing(&source, Statement::OfTheCaller);
+        let (operation, subject) = ("statement", Some("the caller's own".to_owned()));
+        let source = source.into();
+        if lost {
+            Self::Unavailable { operation, subject, source, transient }
         } else {
-            Self::backend("statement", source)
+            Self::Backend { operation, subject, source, transient }
         }
     }
+}
+
+/// What a PostgreSQL error in the chain of a custom store's cause says about trying again, if there
+/// is one.
+pub(crate) fn transience(cause: &(dyn StdError + 'static)) -> Option<bool> {
+    let error = postgres_error(cause)?;
+    Some(is_connection_loss(error) || is_passing(error, Statement::OfTheCaller))
 }
 
 pub(crate) fn sql_state<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a SqlState> {
     error.downcast_ref::<postgres::Error>().and_then(postgres::Error::code)
 }
 
-/// Whether the connection is gone, and with it the knowledge of what the server did last.
-pub(crate) fn is_connection_loss(error: &(dyn StdError + 'static)) -> bool {
-    let Some(error) = error.downcast_ref::<postgres::Error>() else { return false };
+fn postgres_error<'a>(cause: &'a (dyn StdError + 'static)) -> Option<&'a postgres::Error> {
+    std::iter::successors(Some(cause), |&cause| cause.source())
+        .find_map(|cause| cause.downcast_ref::<postgres::Error>())
+}
+
+/// Whether the connection is gone: after FATAL and PANIC whatever their code, and after nothing else
+/// that a server says. A function may raise any code on a connection that lives on.
+fn is_connection_loss(error: &postgres::Error) -> bool {
     match error.as_db_error() {
-        // A function may raise such a code on a connection that lives on. Poolers do not all say
-        // how severe an error is.
-        Some(told) => ends_connection(told.code()) && told.parsed_severity().is_none_or(is_fatal),
+        Some(told) => match told.parsed_severity() {
+            Some(severity) => matches!(severity, Severity::Fatal | Severity::Panic),
+            // A pooler may leave out the severity that is not translated; its own is English.
+            None => matches!(told.severity(), "FATAL" | "PANIC"),
+        },
         None => error.is_closed() || error.source().is_some_and(<dyn StdError>::is::<io::Error>),
     }
 }
 
-fn is_fatal(severity: Severity) -> bool {
-    matches!(severity, Severity::Fatal | Severity::Panic)
+/// Whether a statement that failed on a living connection may succeed later as it is.
+fn is_passing(error: &postgres::Error, statement: Statement) -> bool {
+    let of_the_store = statement == Statement::OfTheStore;
+    error.code().is_some_and(|code| {
+        is_shortage_or_rivalry(code)
+            || of_the_store
+                && [SqlState::QUERY_CANCELED, SqlState::READ_ONLY_SQL_TRANSACTION].contains(code)
+    })
 }
 
-/// Whether the server has rolled a statement back for certain because of others at the same time.
-pub(crate) fn is_rolled_back(error: &(dyn StdError + 'static)) -> bool {
-    [Some(&SqlState::T_R_SERIALIZATION_FAILURE), Some(&SqlState::T_R_DEADLOCK_DETECTED)]
-        .contains(&sql_state(error))
-}
-
-fn ends_connection(code: &SqlState) -> bool {
-    const CONNECTION_EXCEPTION: &str = "08";
-    code.code().starts_with(CONNECTION_EXCEPTION)
+/// What others, or the lack of something, have brought about.
+fn is_shortage_or_rivalry(code: &SqlState) -> bool {
+    const TRANSACTION_ROLLBACK: &str = "40";
+    const INSUFFICIENT_RESOURCES: &str = "53";
+    let class = |class| code.code().starts_with(class);
+    class(TRANSACTION_ROLLBACK)
+        || class(INSUFFICIENT_RESOURCES)
         || [
-            SqlState::ADMIN_SHUTDOWN,
-            SqlState::CRASH_SHUTDOWN,
-            SqlState::CANNOT_CONNECT_NOW,
-            SqlState::IDLE_SESSION_TIMEOUT,
-            SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT,
-            SqlState::from_code("25P04"), // `transaction_timeout`, from PostgreSQL 17 on
+            SqlState::LOCK_NOT_AVAILABLE,
+            SqlState::OBJECT_IN_USE,
+            SqlState::SYSTEM_ERROR,
+            SqlState::IO_ERROR,
         ]
         .contains(code)
 }
 
-/// What the PostgreSQL error in a chain of causes, if there is one, says about trying again.
-pub(crate) fn transience(error: &(dyn StdError + 'static)) -> Option<bool> {
-    const TRANSACTION_ROLLBACK: &str = "40";
-    let mut chain = std::iter::successors(Some(error), |&error| error.source());
-    let error = chain.find_map(|cause| cause.downcast_ref::<postgres::Error>())?;
-    Some(match error.code() {
+/// Whether a connection was refused for a reason that waiting does not change: a password, a
+/// database that is not there, a certificate.
+pub(crate) fn is_refusal(cause: &(dyn StdError + 'static)) -> bool {
+    const CONNECTION_EXCEPTION: &str = "08";
+    const OPERATOR_INTERVENTION: &str = "57P";
+    let Some(error) = postgres_error(cause) else { return false };
+    match error.code() {
         Some(code) => {
-            ends_connection(code)
-                || code.code().starts_with(TRANSACTION_ROLLBACK)
-                || [SqlState::LOCK_NOT_AVAILABLE, SqlState::TOO_MANY_CONNECTIONS].contains(code)
+            // PgBouncer gives all its refusals the code 08P01, a wrong password's too.
+            let class = |class| code.code().starts_with(class);
+            !(is_shortage_or_rivalry(code)
+                || class(CONNECTION_EXCEPTION)
+                || class(OPERATOR_INTERVENTION))
         }
-        None => is_connection_loss(error) && !is_refused_by_tls(error),
-    })
+        None => !is_connection_loss(error) || is_refused_by_tls(error),
+    }
 }
 
 /// Connectors that are made for I/O, as that of `rustls` is, wrap what they refuse, a certificate
@@ -132,18 +188,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_states_after_which_a_connection_is_gone_and_those_after_which_it_is_not() {
-        // Named in PostgreSQL's appendix A, with the settings that bring them about.
-        for gone in [
-            "08000", "08003", "08006", "57P01", "57P02", "57P03", // restarts and crashes
-            "57P05", // idle_session_timeout
-            "25P03", // idle_in_transaction_session_timeout
-            "25P04", // transaction_timeout
-        ] {
-            assert!(ends_connection(&SqlState::from_code(gone)), "{gone}");
+    fn what_passes_by_itself_and_what_does_not() {
+        for passing in
+            ["40001", "40P01", "53100", "53200", "53300", "55P03", "55006", "58000", "58030"]
+        {
+            assert!(is_shortage_or_rivalry(&SqlState::from_code(passing)), "{passing}");
         }
-        for alive in ["25006", "25P02", "40001", "42P01", "42501", "53200", "55P03", "57014"] {
-            assert!(!ends_connection(&SqlState::from_code(alive)), "{alive}");
+        for lasting in ["08P01", "22023", "23505", "25006", "42P01", "42501", "57014", "57P01"] {
+            assert!(!is_shortage_or_rivalry(&SqlState::from_code(lasting)), "{lasting}");
         }
     }
 }

@@ -1,3 +1,5 @@
+use std::collections::BTreeSet;
+
 use postgres::types::Type;
 use postgres::{Client, GenericClient, IsolationLevel};
 
@@ -26,6 +28,7 @@ pub(crate) fn migrate(
         if let Some(reason) = misfit(&columns) {
             return Ok(Migration::Incompatible(reason));
         }
+        require_rights(&columns)?;
         if !updated_at_index || is_indexed(&columns) {
             return Ok(Migration::Ready);
         }
@@ -50,6 +53,7 @@ pub(crate) fn migrate(
     if let Some(reason) = misfit(&columns) {
         return Ok(Migration::Incompatible(reason));
     }
+    require_rights(&columns)?;
     if updated_at_index && !is_indexed(&columns) {
         tx.batch_execute(&table.render(include_str!("../../sql/create_updated_at_index.sql")))?;
     }
@@ -64,6 +68,7 @@ struct Column {
     name: String,
     type_name: String,
     not_null: bool,
+    missing_rights: Vec<String>,
     is_generated: bool,
     is_compared_by_bytes: bool,
     filled_by_default: bool,
@@ -86,6 +91,7 @@ fn inspect(client: &mut impl GenericClient, table: &Table) -> Outcome<Option<Vec
                 name: row.try_get("column_name")?,
                 type_name: row.try_get("type_name")?,
                 not_null: row.try_get("not_null")?,
+                missing_rights: row.try_get("missing_rights")?,
                 is_generated: row.try_get("is_generated")?,
                 is_compared_by_bytes: row.try_get("is_compared_by_bytes")?,
                 filled_by_default: row.try_get("filled_by_default")?,
@@ -134,11 +140,24 @@ fn misfit(columns: &[Column]) -> Option<String> {
     }
     columns
         .iter()
-        .find(|column| {
-            let ours = COLUMNS.iter().any(|(name, _)| *name == column.name);
-            !ours && column.not_null && !column.filled_by_default
-        })
+        .find(|column| !is_ours(column) && column.not_null && !column.filled_by_default)
         .map(|column| format!("its column {:?} wants a value in every row", column.name))
+}
+
+/// What the store is going to do, the role has to be allowed to.
+fn require_rights(columns: &[Column]) -> Outcome<()> {
+    let ours = columns.iter().filter(|column| is_ours(column));
+    let missing: BTreeSet<&str> =
+        ours.flat_map(|column| &column.missing_rights).map(String::as_str).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let missing = missing.into_iter().collect::<Vec<_>>().join(", ");
+    Err(format!("the role that is logged in lacks the right to {missing}: grant it").into())
+}
+
+fn is_ours(column: &Column) -> bool {
+    COLUMNS.iter().any(|(name, _)| *name == column.name)
 }
 
 fn is_indexed(columns: &[Column]) -> bool {

@@ -1,8 +1,9 @@
 mod builder;
+mod connect;
+mod connections;
 mod failure;
 mod identifier;
 mod migrate;
-mod pool;
 mod prepared;
 mod queries;
 mod session;
@@ -10,24 +11,20 @@ mod transaction;
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
-use postgres::{Client, NoTls, Transaction};
-use r2d2::{ManageConnection, Pool, PooledConnection};
-use r2d2_postgres::PostgresConnectionManager;
+use postgres::{Client, Transaction};
+use r2d2::{ManageConnection, Pool};
 
 pub use self::builder::PostgresCheckpointStoreBuilder;
-pub(crate) use self::failure::{subject, transience};
+pub use self::connections::PooledClient;
+pub(crate) use self::failure::transience;
 pub use self::transaction::InTransaction;
 
-use self::failure::{Outcome, failure, is_connection_loss, is_rolled_back, no_connection};
+use self::connections::Connections;
 use self::identifier::Table;
 use self::migrate::{Migration, migrate};
-use self::pool::{AllInUse, ConnectWatch, OPERATION_TIMEOUT, Patience, take};
-use self::prepared::{Pooled, SessionCheck};
 use self::queries::Queries;
-use crate::checkpoint::{validate_advance, validate_all, validate_offset, validate_projection};
+use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
 
 /// Checkpoints in a PostgreSQL table, through a pool of connections.
@@ -37,23 +34,23 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 /// # Connections
 ///
 /// An operation takes a connection from the pool for as long as it runs, one round trip, and waits
-/// for one up to 30 seconds, or with a pool of the caller's own up to its `connection_timeout`. No
-/// connection is tested when it is taken out. When one turns out to be dead, because the server
-/// was restarted, say, operations that can be repeated safely go on with a fresh one: `find`,
-/// `get`, `all`, `save`, `save_many` and `delete`. The caller sees
-/// [`Unavailable`](Error::Unavailable) only when that time has passed, or within about a second when
-/// the server refuses every connection, a password say; its cause says whether no connection could
-/// be made or all are in use. A repeated `delete` may say `false` for what its
-/// first try has deleted.
+/// for one up to [`connection_timeout`](PostgresCheckpointStoreBuilder::connection_timeout), 30 seconds
+/// by default. So long does it also try again. The caller sees [`Unavailable`](Error::Unavailable) only
+/// when that time has passed, or within about a second when the server refuses every connection, a
+/// password say; its cause says whether no connection could be made or all are in use.
+///
+/// | What happens to the connection | What the store does |
+/// |---|---|
+/// | it is lost: the server was restarted, the backend ended, FATAL or PANIC | `find`, `get`, `all`, `save`, `save_many` and `delete` run again on a fresh one; `advance` is `Unavailable`, for a second one would find the first one's offset: read the offset again |
+/// | it is suspect: it has not worked for a second, or not since the last loss | `advance` and [`connection`](Self::connection) test it first, at the price of a round trip, so an outage is at most one error to who is in a call and none to who comes after |
+/// | the server has become read-only (25006), or a failed transaction was left open (25P02) | nothing was executed: it is thrown away, and every operation, `advance` too, runs again on a fresh one |
+/// | the server rolls back because of others: a deadlock, a serialization failure | nothing has happened: it runs again |
+///
+/// A repeated `delete` may say `false` for what its first try has deleted.
 ///
 /// After an outage a store is back within about 2 seconds of its server. With a pool of the
 /// caller's own that is up to half of its `connection_timeout`, because `r2d2` pauses that long
 /// between two attempts to connect.
-///
-/// `advance` is not repeated once the server may have seen it, for the second one would find the
-/// first one's offset: it returns `Unavailable`, and the caller reads the offset again. Once a
-/// connection was lost, the others from before are tested before an `advance` uses them, so that
-/// one outage is one error, not one for each connection.
 ///
 /// A server may still be at a request whose client is gone, so the offset that is read at once may
 /// be the one from before. Nothing is lost or counted twice by that: `lock` waits for what is
@@ -61,11 +58,11 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 /// the caller reads again. A `save` that is so late sets the checkpoint back to its own offset;
 /// where that would be a harm, use `advance` or a transaction.
 ///
-/// What the server rolls back because of others, with a serialization failure or a deadlock, is run
-/// again by the store: it has certainly not happened.
-///
 /// Where a trigger discards rows, the write is an error; other rows of the same `save_many` are
 /// stored then.
+///
+/// When the last handle is dropped its connections are closed. Three idle threads of `r2d2` live on
+/// for up to 30 seconds, until they notice.
 ///
 /// # Panics
 ///
@@ -88,34 +85,17 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 /// assert_eq!(store.get("orders")?, 42);
 /// # Ok::<(), checkpoint_store::Error>(())
 /// ```
-pub struct PostgresCheckpointStore<M = PostgresConnectionManager<NoTls>>
-where
-    M: ManageConnection<Connection = Client>,
-{
-    pool: Pool<M>,
+#[derive(Clone)]
+pub struct PostgresCheckpointStore {
     shared: Arc<Shared>,
 }
 
-/// What every handle on the same store has in common, besides the pool.
+/// What every handle on the same store has in common.
 struct Shared {
     queries: Queries,
-    options: Options,
-    /// What is known of the connections, where the builder made the pool.
-    watch: Option<ConnectWatch>,
-    sessions: SessionCheck,
-    /// How many connections were lost so far.
-    losses: AtomicU64,
-}
-
-/// What the builder was told, besides the table and the pool.
-#[derive(Debug, Clone, Copy, Default)]
-struct Options {
+    connections: Connections,
     updated_at_index: bool,
-    prepared_statements: bool,
 }
-
-/// Kept with a pooled connection: the count of losses at which it was last known to work.
-struct KnownToWork(u64);
 
 impl PostgresCheckpointStore {
     /// Connects with all defaults: no TLS, table `public.projection_checkpoints`, at most 10
@@ -147,9 +127,7 @@ impl PostgresCheckpointStore {
     pub fn builder() -> PostgresCheckpointStoreBuilder {
         PostgresCheckpointStoreBuilder::default()
     }
-}
 
-impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     /// Uses the caller's pool, with the table `public.projection_checkpoints`. For another table
     /// see [`PostgresCheckpointStoreBuilder::build`]. No connection is made.
     ///
@@ -168,20 +146,16 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     /// let store = PostgresCheckpointStore::new(pool);
     /// ```
     #[must_use]
-    pub fn new(pool: Pool<M>) -> Self {
-        Self::assemble(pool, Table::default(), Options::default(), None, SessionCheck::default())
+    pub fn new<M>(pool: Pool<M>) -> Self
+    where
+        M: ManageConnection<Connection = Client>,
+    {
+        Self::assemble(Table::default(), Connections::of(pool, None, false), false)
     }
 
-    fn assemble(
-        pool: Pool<M>,
-        table: Table,
-        options: Options,
-        watch: Option<ConnectWatch>,
-        sessions: SessionCheck,
-    ) -> Self {
+    fn assemble(table: Table, connections: Connections, updated_at_index: bool) -> Self {
         let queries = Queries::new(table);
-        let shared = Shared { queries, options, watch, sessions, losses: AtomicU64::new(0) };
-        Self { pool, shared: Arc::new(shared) }
+        Self { shared: Arc::new(Shared { queries, connections, updated_at_index }) }
     }
 
     /// Makes the table, and the schema, where they are missing. Nothing else of this crate runs
@@ -212,10 +186,12 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     /// # Ok::<(), checkpoint_store::Error>(())
     /// ```
     pub fn migrate(&self) -> Result<()> {
-        let Queries { table, .. } = &self.shared.queries;
-        let migration = self.repeatable("migrate", format_args!("table {table}"), |session| {
-            migrate(session.connection, table, self.shared.options.updated_at_index)
-        })?;
+        let Shared { queries: Queries { table, .. }, connections, updated_at_index } =
+            &*self.shared;
+        let migration =
+            connections.run_until_answered("migrate", format_args!("table {table}"), |client| {
+                migrate(client, table, *updated_at_index)
+            })?;
         match migration {
             Migration::Ready => Ok(()),
             Migration::Incompatible(reason) => {
@@ -240,15 +216,15 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     /// # Ok(()) }
     /// ```
     pub fn in_transaction<'a, 'c>(&'a self, tx: &'a mut Transaction<'c>) -> InTransaction<'a, 'c> {
-        InTransaction { queries: &self.shared.queries, tx }
+        let Shared { queries, connections, .. } = &*self.shared;
+        InTransaction { queries, connections, tx }
     }
 
     /// A connection of the pool, for the caller's own statements and transactions. It goes back when
     /// it is dropped.
     ///
-    /// It waits for one as every operation does, and does not test it: a dead one is an error at its
-    /// first use, and replaced for the next try. Unlike `get` of the [`pool`](Self::pool) it says in
-    /// its error why there is none, and [`is_transient`](Error::is_transient) judges that.
+    /// It waits for one as every operation does. A suspect one, see [above](Self#connections), is
+    /// tested first, and replaced if it is dead.
     ///
     /// Give it back as it was: begin transactions with `transaction()`, which rolls back when it is
     /// dropped, and change no setting that outlasts them. After a `BEGIN` of your own that is still
@@ -271,198 +247,80 @@ impl<M: ManageConnection<Connection = Client>> PostgresCheckpointStore<M> {
     /// tx.commit()?;
     /// # Ok(()) }
     /// ```
-    pub fn connection(&self) -> Result<PooledConnection<M>> {
-        self.take("connection", "the store's pool", self.patience().deadline)
+    pub fn connection(&self) -> Result<PooledClient> {
+        let connections = &self.shared.connections;
+        connections.check_out_tested("connection", "the store's pool", &mut connections.patience())
     }
 
-    /// The pool itself.
-    ///
-    /// Its `Debug` output tells the parameters, host and user among them, without the password;
-    /// that of the store tells none.
-    ///
-    /// If the builder made it, its `get` waits up to 4 seconds, and its error does not always say why;
-    /// [`connection`](Self::connection) does.
+    /// How many connections the pool has, and how many of them are idle.
     ///
     /// # Examples
     ///
     /// ```no_run
     /// # use checkpoint_store::PostgresCheckpointStore;
     /// # let store = PostgresCheckpointStore::connect("host=localhost user=app")?;
-    /// println!("{} connections are open", store.pool().state().connections);
+    /// println!("{} connections are open", store.pool_state().connections);
     /// # Ok::<(), checkpoint_store::Error>(())
     /// ```
     #[must_use]
-    pub fn pool(&self) -> &Pool<M> {
-        &self.pool
+    pub fn pool_state(&self) -> r2d2::State {
+        self.shared.connections.state()
     }
 
     fn read(&self, operation: &'static str, projection: &str) -> Result<Option<Checkpoint>> {
         validate_projection(projection)?;
-        let queries = &self.shared.queries;
-        self.repeatable(operation, queries.about(projection), |session| {
-            queries.find(session, projection)
+        let Shared { queries, connections, .. } = &*self.shared;
+        connections.run_until_answered(operation, queries.about(projection), |client| {
+            queries.find(client, projection)
         })
     }
-
-    /// Runs what may run twice, on fresh connections for as long as the store's patience lasts.
-    fn repeatable<T>(
-        &self,
-        operation: &'static str,
-        subject: impl fmt::Display,
-        mut query: impl FnMut(&mut Pooled<'_, M>) -> Outcome<T>,
-    ) -> Result<T> {
-        let mut patience = self.patience();
-        loop {
-            let mut connection = self.take(operation, &subject, patience.deadline)?;
-            match self.run(&mut connection, &mut patience, &mut query) {
-                Err(cause) if is_connection_loss(cause.as_ref()) => {
-                    drop(connection);
-                    if !patience.pause() {
-                        return Err(failure(operation, subject, cause));
-                    }
-                }
-                outcome => return outcome.map_err(|cause| failure(operation, subject, cause)),
-            }
-        }
-    }
-
-    /// Runs what must not run twice. After a connection was lost, the others from before are tested
-    /// first, at the price of a round trip, so that one outage is one error.
-    fn once<T>(
-        &self,
-        operation: &'static str,
-        subject: impl fmt::Display,
-        query: impl FnMut(&mut Pooled<'_, M>) -> Outcome<T>,
-    ) -> Result<T> {
-        let mut patience = self.patience();
-        let losses = self.shared.losses.load(Ordering::Relaxed);
-        let mut connection = loop {
-            let mut connection = self.take(operation, &subject, patience.deadline)?;
-            let known = PooledConnection::extensions(&connection).get::<KnownToWork>();
-            if losses == known.map_or(0, |known| known.0) {
-                break connection;
-            }
-            match connection.check_connection() {
-                Ok(()) => {
-                    PooledConnection::extensions_mut(&mut connection).insert(KnownToWork(losses));
-                    break connection;
-                }
-                Err(cause) => {
-                    drop(connection);
-                    if !patience.pause() {
-                        return Err(failure(operation, subject, cause));
-                    }
-                }
-            }
-        };
-        self.run(&mut connection, &mut patience, query)
-            .map_err(|cause| failure(operation, subject, cause))
-    }
-
-    /// Runs a query again where others have made the server roll it back: nothing has happened then.
-    fn run<T>(
-        &self,
-        connection: &mut PooledConnection<M>,
-        patience: &mut Patience,
-        mut query: impl FnMut(&mut Pooled<'_, M>) -> Outcome<T>,
-    ) -> Outcome<T> {
-        let prepared_statements = self.shared.options.prepared_statements;
-        loop {
-            let outcome = query(&mut Pooled { connection, prepared_statements });
-            match &outcome {
-                Err(cause) if is_rolled_back(cause.as_ref()) && patience.pause() => continue,
-                Err(cause) if is_connection_loss(cause.as_ref()) => {
-                    self.shared.losses.fetch_add(1, Ordering::Relaxed);
-                }
-                _ => {}
-            }
-            return outcome;
-        }
-    }
-
-    fn patience(&self) -> Patience {
-        let ours = self.shared.watch.is_some();
-        let time = if ours { OPERATION_TIMEOUT } else { self.pool.connection_timeout() };
-        Patience::until(Instant::now() + time, self.pool.max_size())
-    }
-
-    fn take(
-        &self,
-        operation: &'static str,
-        subject: impl fmt::Display,
-        deadline: Instant,
-    ) -> Result<PooledConnection<M>> {
-        let last_failure = || self.shared.watch.as_ref().and_then(ConnectWatch::last_failure);
-        // A refused password, say: none is left to come back, and waiting does not bring a new one.
-        let hopeless = || {
-            self.pool.state().connections == 0
-                && last_failure().is_some_and(|cause| transience(&cause) == Some(false))
-        };
-        let connection = take(&self.pool, deadline, hopeless).map_err(|timeout| {
-            let size = self.pool.max_size();
-            if self.pool.state().connections == size {
-                return no_connection(operation, &subject, AllInUse(size));
-            }
-            match last_failure() {
-                Some(cause) => no_connection(operation, &subject, cause),
-                None => no_connection(operation, &subject, timeout),
-            }
-        })?;
-        self.shared.sessions.outcome().map_err(|cause| failure(operation, subject, cause))?;
-        Ok(connection)
-    }
 }
 
-impl<M: ManageConnection<Connection = Client>> Clone for PostgresCheckpointStore<M> {
-    fn clone(&self) -> Self {
-        Self { pool: self.pool.clone(), shared: Arc::clone(&self.shared) }
-    }
-}
-
-impl<M: ManageConnection<Connection = Client>> fmt::Debug for PostgresCheckpointStore<M> {
+impl fmt::Debug for PostgresCheckpointStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PostgresCheckpointStore")
             .field("table", &format_args!("{}", self.shared.queries.table))
-            .field("pool", &self.pool.state())
+            .field("pool", &self.pool_state())
             .finish_non_exhaustive()
     }
 }
 
-impl<M: ManageConnection<Connection = Client>> CheckpointStore for PostgresCheckpointStore<M> {
+impl CheckpointStore for PostgresCheckpointStore {
     fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
         self.read("find", projection)
     }
 
     fn all(&self) -> Result<Vec<Checkpoint>> {
-        let queries = &self.shared.queries;
-        self.repeatable("all", format_args!("table {}", queries.table), |session| {
-            queries.all(session)
+        let Shared { queries, connections, .. } = &*self.shared;
+        connections.run_until_answered("all", format_args!("table {}", queries.table), |client| {
+            queries.all(client)
         })
     }
 
     fn save(&self, projection: &str, offset: i64) -> Result<()> {
         validate_projection(projection)?;
         validate_offset(offset)?;
-        let queries = &self.shared.queries;
-        self.repeatable("save", queries.about(projection), |session| {
-            queries.save(session, projection, offset)
+        let Shared { queries, connections, .. } = &*self.shared;
+        connections.run_until_answered("save", queries.about(projection), |client| {
+            queries.save(client, projection, offset)
         })
     }
 
     fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
         validate_advance(projection, from, to)?;
-        let queries = &self.shared.queries;
-        self.once("advance", queries.about(projection), |session| {
-            queries.advance(session, projection, from, to)
-        })?
-        .or_conflict(projection, from)
+        let Shared { queries, connections, .. } = &*self.shared;
+        connections
+            .run_unless_lost("advance", queries.about(projection), |client| {
+                queries.advance(client, projection, from, to)
+            })?
+            .or_conflict(projection, from)
     }
 
     fn delete(&self, projection: &str) -> Result<bool> {
         validate_projection(projection)?;
-        let queries = &self.shared.queries;
-        self.repeatable("delete", queries.about(projection), |session| {
-            queries.delete(session, projection)
+        let Shared { queries, connections, .. } = &*self.shared;
+        connections.run_until_answered("delete", queries.about(projection), |client| {
+            queries.delete(client, projection)
         })
     }
 
@@ -475,9 +333,9 @@ impl<M: ManageConnection<Connection = Client>> CheckpointStore for PostgresCheck
         if checkpoints.is_empty() {
             return Ok(());
         }
-        let queries = &self.shared.queries;
-        self.repeatable("save_many", queries.about_many(checkpoints), |session| {
-            queries.save_many(session, checkpoints)
+        let Shared { queries, connections, .. } = &*self.shared;
+        connections.run_until_answered("save_many", queries.about_many(checkpoints), |client| {
+            queries.save_many(client, checkpoints)
         })
     }
 }

@@ -47,14 +47,13 @@ impl Queries {
     }
 
     /// What an operation on one projection was about, for its error.
-    pub(crate) fn about(&self, projection: &str) -> impl fmt::Display {
-        fmt::from_fn(move |f| write!(f, "projection {projection:?} in table {}", self.table))
+    pub(crate) fn about<'a>(&'a self, projection: &'a str) -> Subject<'a> {
+        Subject::Projection(projection, &self.table)
     }
 
     /// The same for an operation on several.
-    pub(crate) fn about_many(&self, checkpoints: &[(&str, i64)]) -> impl fmt::Display {
-        let count = checkpoints.len();
-        fmt::from_fn(move |f| write!(f, "{count} checkpoints in table {}", self.table))
+    pub(crate) fn about_many(&self, checkpoints: &[(&str, i64)]) -> Subject<'_> {
+        Subject::Projections(checkpoints.len(), &self.table)
     }
 
     pub(crate) fn find(
@@ -137,6 +136,22 @@ impl Queries {
             None if row.try_get("present")? => TryLock::Taken,
             None => TryLock::Absent,
         })
+    }
+}
+
+/// What an operation is about, written down only when it fails.
+#[derive(Clone, Copy)]
+pub(crate) enum Subject<'a> {
+    Projection(&'a str, &'a Table),
+    Projections(usize, &'a Table),
+}
+
+impl fmt::Display for Subject<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Projection(name, table) => write!(f, "projection {name:?} in table {table}"),
+            Self::Projections(count, table) => write!(f, "{count} checkpoints in table {table}"),
+        }
     }
 }
 

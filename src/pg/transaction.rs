@@ -1,10 +1,13 @@
+use std::fmt;
+
 use postgres::Transaction;
 use postgres::error::SqlState;
 
-use super::failure::{Cause, Outcome, failure, sql_state};
+use super::connections::Connections;
+use super::failure::{Aftermath, Cause, Outcome, failure, sql_state};
 use super::queries::{Queries, TryLock};
 use super::session::Unnamed;
-use crate::checkpoint::{validate_advance, validate_all, validate_offset, validate_projection};
+use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, Error, Result};
 
 /// The store's operations inside the caller's own transaction; made by
@@ -51,6 +54,7 @@ use crate::{Checkpoint, Error, Result};
 #[must_use = "it does nothing until one of its methods is called"]
 pub struct InTransaction<'a, 'c> {
     pub(super) queries: &'a Queries,
+    pub(super) connections: &'a Connections,
     pub(super) tx: &'a mut Transaction<'c>,
 }
 
@@ -115,7 +119,7 @@ impl InTransaction<'_, '_> {
         validate_offset(offset)?;
         self.queries
             .save(&mut Unnamed(self.tx), projection, offset)
-            .map_err(|cause| self.failed("save", projection, cause))
+            .map_err(|cause| self.failed("save", self.queries.about(projection), cause))
     }
 
     /// Saves several checkpoints; of a name given twice the last one stays. One round trip, none
@@ -139,7 +143,7 @@ impl InTransaction<'_, '_> {
         }
         self.queries
             .save_many(&mut Unnamed(self.tx), checkpoints)
-            .map_err(|cause| failure("save_many", self.queries.about_many(checkpoints), cause))
+            .map_err(|cause| self.failed("save_many", self.queries.about_many(checkpoints), cause))
     }
 
     /// Moves the checkpoint to `to`, only if it still is at `from`. One round trip.
@@ -168,7 +172,7 @@ impl InTransaction<'_, '_> {
         validate_advance(projection, from, to)?;
         self.queries
             .advance(&mut Unnamed(self.tx), projection, from, to)
-            .map_err(|cause| self.failed("advance", projection, cause))?
+            .map_err(|cause| self.failed("advance", self.queries.about(projection), cause))?
             .or_conflict(projection, from)
     }
 
@@ -191,7 +195,7 @@ impl InTransaction<'_, '_> {
         validate_projection(projection)?;
         self.queries
             .delete(&mut Unnamed(self.tx), projection)
-            .map_err(|cause| self.failed("delete", projection, cause))
+            .map_err(|cause| self.failed("delete", self.queries.about(projection), cause))
     }
 
     /// Takes the projection for this transaction, and returns its offset. One round trip.
@@ -222,7 +226,7 @@ impl InTransaction<'_, '_> {
         validate_projection(projection)?;
         self.queries
             .lock(&mut Unnamed(self.tx), projection)
-            .map_err(|cause| self.failed("lock", projection, cause))
+            .map_err(|cause| self.failed("lock", self.queries.about(projection), cause))
     }
 
     /// As [`lock`](InTransaction::lock), but `None` at once when another transaction has the
@@ -252,13 +256,13 @@ impl InTransaction<'_, '_> {
         let attempt = self
             .queries
             .try_lock(&mut Unnamed(self.tx), projection)
-            .map_err(|cause| self.failed("try_lock", projection, cause))?;
+            .map_err(|cause| self.failed("try_lock", self.queries.about(projection), cause))?;
         match attempt {
             TryLock::Held(offset) => Ok(Some(offset)),
             TryLock::Taken => Ok(None),
             TryLock::Absent => self
                 .lock_absent(projection)
-                .map_err(|cause| self.failed("try_lock", projection, cause)),
+                .map_err(|cause| self.failed("try_lock", self.queries.about(projection), cause)),
         }
     }
 
@@ -293,10 +297,13 @@ impl InTransaction<'_, '_> {
         validate_projection(projection)?;
         self.queries
             .find(&mut Unnamed(self.tx), projection)
-            .map_err(|cause| self.failed(operation, projection, cause))
+            .map_err(|cause| self.failed(operation, self.queries.about(projection), cause))
     }
 
-    fn failed(&self, operation: &'static str, projection: &str, cause: Cause) -> Error {
-        failure(operation, self.queries.about(projection), cause)
+    fn failed(&self, operation: &'static str, subject: impl fmt::Display, cause: Cause) -> Error {
+        if Aftermath::of(cause.as_ref()) == Aftermath::Lost {
+            self.connections.note_loss();
+        }
+        failure(operation, subject, cause)
     }
 }

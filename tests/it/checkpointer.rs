@@ -68,7 +68,7 @@ impl CheckpointStore for Unreliable {
 }
 
 fn lost() -> Error {
-    Error::Unavailable { source: "connection reset".into() }
+    Error::unavailable("advance", "connection reset")
 }
 
 fn resume<S: CheckpointStore>(store: S, cadence: Cadence) -> Checkpointer<S> {

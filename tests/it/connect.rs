@@ -137,7 +137,7 @@ fn a_running_store_that_is_refused_says_so_without_waiting_for_its_time_out() {
 #[test]
 fn connections_are_opened_as_they_are_needed() {
     let store = PostgresCheckpointStore::connect(&server().params()).unwrap();
-    assert_eq!((store.pool().state().connections, store.pool().max_size()), (0, 10));
+    assert_eq!(store.pool_state().connections, 0);
     store.migrate().unwrap();
-    assert_eq!(store.pool().state().connections, 1);
+    assert_eq!(store.pool_state().connections, 1);
 }

@@ -131,7 +131,7 @@ impl Answer {
 
 fn request(address: SocketAddr, method: &str, path: &str) -> Answer {
     let mut stream = TcpStream::connect(address).expect("the dashboard listens");
-    stream.set_read_timeout(Some(Duration::from_mins(1))).expect("an open socket");
+    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("an open socket");
     write!(stream, "{method} {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")
         .expect("the dashboard reads");
     let mut answer = String::new();

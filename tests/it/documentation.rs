@@ -41,7 +41,7 @@ fn the_sql_of_the_readme_runs_and_its_grants_are_enough() {
     let store = PostgresCheckpointStore::connect(&database.replace("postgres@", "app@")).unwrap();
     store.migrate().unwrap();
     checkpoint_store::conformance::verify(&store);
-    let mut client = store.pool().get().unwrap();
+    let mut client = store.connection().unwrap();
     let mut tx = client.transaction().unwrap();
     store.in_transaction(&mut tx).lock("orders").unwrap();
     store.in_transaction(&mut tx).save("orders", 1).unwrap();

@@ -68,8 +68,7 @@ fn a_fail_over_loses_nothing_that_was_acknowledged_and_the_same_store_goes_on() 
     let store = PostgresCheckpointStore::connect(&both).unwrap();
     store.migrate().unwrap();
     store
-        .pool()
-        .get()
+        .connection()
         .unwrap()
         .batch_execute("CREATE TABLE counted (projection text PRIMARY KEY, events bigint)")
         .unwrap();
@@ -140,17 +139,14 @@ fn a_fail_over_loses_nothing_that_was_acknowledged_and_the_same_store_goes_on() 
 
 /// Counts one event and saves the checkpoint with it, in a transaction.
 fn count(store: &PostgresCheckpointStore, name: &str) -> Result<(), Error> {
-    let lost =
-        |error: checkpoint_store::postgres::Error| Error::Unavailable { source: error.into() };
-    let mut client =
-        store.pool().get().map_err(|timeout| Error::Unavailable { source: timeout.into() })?;
-    let mut tx = client.transaction().map_err(lost)?;
+    let mut client = store.connection()?;
+    let mut tx = client.transaction()?;
     let offset = store.in_transaction(&mut tx).lock(name)?;
     let sql = "INSERT INTO counted VALUES ($1, 1)
                ON CONFLICT (projection) DO UPDATE SET events = counted.events + 1";
-    tx.execute(sql, &[&name]).map_err(lost)?;
+    tx.execute(sql, &[&name])?;
     store.in_transaction(&mut tx).save(name, offset + 1)?;
-    tx.commit().map_err(lost)
+    Ok(tx.commit()?)
 }
 
 #[test]
@@ -160,11 +156,14 @@ fn a_standby_reached_by_mistake_is_a_clear_error() {
     writer.migrate().unwrap();
     writer.save("orders", 42).unwrap();
 
-    let store = PostgresCheckpointStore::connect(&params(&[&standby, &primary])).unwrap();
+    let store = PostgresCheckpointStore::builder()
+        .connection_timeout(Duration::from_millis(200))
+        .connect(&params(&[&standby, &primary]))
+        .unwrap();
     wait_until("the standby has it", || store.get("orders").is_ok_and(|offset| offset == 42));
     store.migrate().unwrap();
     assert_eq!(store.all().unwrap().len(), 1);
-    let mut client = store.pool().get().unwrap();
+    let mut client = store.connection().unwrap();
     let mut lock = || {
         let mut tx = client.transaction().unwrap();
         store.in_transaction(&mut tx).lock("orders").map(drop)

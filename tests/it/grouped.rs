@@ -139,7 +139,7 @@ fn a_failure_reaches_every_caller_of_its_group_with_its_cause() {
 
 #[test]
 fn a_group_whose_store_was_lost_is_told_so() {
-    let failure = Error::Unavailable { source: "connection reset".into() };
+    let failure = Error::unavailable("save_many", "connection reset");
     let outcome = saved_together(&[("a", 1), ("b", 2)], Some(failure));
     for result in outcome.results {
         let error = result.unwrap_err();

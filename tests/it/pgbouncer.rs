@@ -66,7 +66,7 @@ fn the_contract_holds_among_rivals_on_three_server_connections() {
         }
     };
     let transactions = || {
-        let mut client = rival.pool().get().unwrap();
+        let mut client = rival.connection().unwrap();
         let mut tx = client.transaction().unwrap();
         let offset = rival.in_transaction(&mut tx).lock("counted").unwrap();
         rival.in_transaction(&mut tx).save("counted", offset + 1).unwrap();
@@ -158,14 +158,14 @@ fn a_pooler_that_changes_its_mind_is_found_out_by_a_new_connection() {
         .connect(&pooler.params())
         .expect("a session of its own for each connection");
     store.save("orders", 1).unwrap();
-    let _held = store.pool().get().unwrap();
+    let _held = store.connection().unwrap();
     pooler.reload(&[BY_TRANSACTION, size]);
     wait_until("it hands out connections by the transaction", || {
         let mut console = harness::client(&pooler.console());
         format!("{:?}", console.simple_query("SHOW CONFIG").unwrap()).contains("transaction")
     });
     store.save("orders", 2).unwrap();
-    let _held_too = store.pool().get().unwrap();
+    let _held_too = store.connection().unwrap();
     let error = store.save("orders", 3).unwrap_err();
     assert!(matches!(error, Error::Backend { operation: "save", .. }), "{error:?}");
     assert!(chain(&error).contains("by the transaction"), "{}", chain(&error));

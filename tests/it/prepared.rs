@@ -1,5 +1,7 @@
 //! `prepared_statements(true)`: the same promises, and statements that the server forgets.
 
+use std::time::Duration;
+
 use checkpoint_store::{CheckpointStore, PostgresCheckpointStore, conformance};
 
 use crate::harness::{self, Proxy, Schema};
@@ -50,7 +52,7 @@ fn every_operation_is_prepared_once() {
         store.save_many(&[("orders", offset)]).unwrap();
         store.delete("orders").unwrap();
     }
-    let mut client = store.pool().get().unwrap();
+    let mut client = store.connection().unwrap();
     let kept = client.query_one("SELECT count(*) FROM pg_prepared_statements", &[]).unwrap();
     // This query prepares one itself.
     assert_eq!(kept.get::<_, i64>(0), 6 + 1);
@@ -60,7 +62,7 @@ fn every_operation_is_prepared_once() {
 fn a_statement_that_the_server_has_forgotten_is_prepared_anew() {
     let schema = Schema::new();
     let store = prepared(&schema, &harness::server().params());
-    let forget = || store.pool().get().unwrap().batch_execute("DEALLOCATE ALL").unwrap();
+    let forget = || store.connection().unwrap().batch_execute("DEALLOCATE ALL").unwrap();
     store.save("orders", 1).unwrap();
     store.advance("orders", 1, 2).unwrap();
     store.get("orders").unwrap();
@@ -96,12 +98,12 @@ fn a_table_that_was_altered_or_made_again_is_found() {
 #[test]
 fn two_stores_on_one_pool_keep_their_statements_apart() {
     let (one, other) = (Schema::new(), Schema::new());
-    let first = prepared(&one, &harness::server().params());
-    let second = PostgresCheckpointStore::builder()
-        .schema(&other.name)
-        .prepared_statements(true)
-        .build(first.pool().clone())
-        .unwrap();
+    let pool = harness::pool(&harness::server().params(), 1, Duration::from_secs(30));
+    let on_the_pool = |schema: &Schema| {
+        let builder = PostgresCheckpointStore::builder().schema(&schema.name);
+        builder.prepared_statements(true).build(pool.clone()).unwrap()
+    };
+    let (first, second) = (on_the_pool(&one), on_the_pool(&other));
     for offset in 1..4 {
         first.save("orders", offset).unwrap();
         second.save("orders", offset * 10).unwrap();

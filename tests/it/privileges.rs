@@ -61,7 +61,7 @@ fn in_transaction(
     store: &PostgresCheckpointStore,
     work: impl FnOnce(&mut Transaction<'_>) -> Result<()>,
 ) -> Result<()> {
-    let mut client = store.pool().get().unwrap();
+    let mut client = store.connection().unwrap();
     let mut tx = client.transaction().unwrap();
     work(&mut tx)?;
     tx.commit().unwrap();

@@ -63,7 +63,7 @@ impl RedisServer {
                 panic!("redis-server does not start ({error}): tests/run installs it")
             });
         self.guard.watch(&process);
-        let deadline = Instant::now() + Duration::from_mins(1);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while let Err(refused) = self.knock() {
             let ended = process.try_wait().expect("a child's state");
             if ended.is_some() || Instant::now() > deadline {

@@ -124,7 +124,7 @@ fn every_t_seconds_and_a_last_one_at_the_end() {
     wait_until("the time has passed", || checkpointer.save_if_due().unwrap());
     assert_eq!(store.get("orders").unwrap(), 1);
 
-    let an_hour = Cadence::within(Duration::from_hours(1));
+    let an_hour = Cadence::within(Duration::from_secs(3600));
     let mut checkpointer = Checkpointer::resume(&store, "orders", an_hour).unwrap();
     for event in 2..=10 {
         assert!(!checkpointer.processed(event).unwrap());

@@ -79,8 +79,7 @@ fn params(server: &Server, name: &str) -> String {
 fn connect(
     params: &str,
     connector: MakeRustlsConnect,
-) -> checkpoint_store::Result<PostgresCheckpointStore<PostgresConnectionManager<MakeRustlsConnect>>>
-{
+) -> checkpoint_store::Result<PostgresCheckpointStore> {
     PostgresCheckpointStore::builder().connect_tls(params, connector)
 }
 
@@ -113,7 +112,7 @@ fn a_server_that_shows_the_right_certificate_is_believed() {
     conformance::verify(&store);
     let params = format!("{params} sslmode=require");
     let store = connect(&params, authority.connector()).unwrap();
-    let mut client = store.pool().get().unwrap();
+    let mut client = store.connection().unwrap();
     let sql = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
     assert!(client.query_one(sql, &[]).unwrap().get::<_, bool>(0));
     let mut tx = client.transaction().unwrap();

@@ -41,7 +41,7 @@ fn more_threads_than_connections_all_get_done() {
     let store = store_on(&fresh_database(), 2, Duration::from_secs(30));
     store.migrate().unwrap();
     let longest_wait = all_get_done(&store);
-    assert!(store.pool().state().connections <= 2);
+    assert!(store.pool_state().connections <= 2);
     let fault = "16 threads on a pool of 2 connections";
     Row::asserted(fault, 1_600, 0, longest_wait).print();
 }
@@ -62,7 +62,7 @@ fn a_server_that_gives_fewer_connections_than_the_pool_may_have_is_no_error() {
         PostgresCheckpointStore::connect(&database.replace("postgres@", &format!("{role}@")))
             .unwrap();
     let longest_wait = all_get_done(&store);
-    assert!(store.pool().state().connections <= 2);
+    assert!(store.pool_state().connections <= 2);
     let fault = "16 threads, a pool of 10, a server that gives 2 connections";
     Row::asserted(fault, 1_600, 0, longest_wait).print();
 }
@@ -93,7 +93,7 @@ fn who_holds_the_only_connection_and_calls_the_store_is_told_so() {
     let store = store_on(&fresh_database(), 1, TIMEOUT);
     store.migrate().unwrap();
     store.save("orders", 41).unwrap();
-    let mut held = store.pool().get().unwrap();
+    let mut held = store.connection().unwrap();
     let mut tx = held.transaction().unwrap();
     assert_eq!(store.in_transaction(&mut tx).lock("orders").unwrap(), 41);
 
@@ -135,7 +135,7 @@ fn who_waits_for_a_connection_gets_a_new_one_when_the_one_in_use_dies() {
     store.migrate().unwrap();
     let mut longest_wait = Duration::ZERO;
     for round in 1..=5 {
-        let mut held = store.pool().get().unwrap();
+        let mut held = store.connection().unwrap();
         let pid = super::process_id(&mut held);
         thread::scope(|scope| {
             let waiting = scope.spawn(|| {

@@ -240,7 +240,7 @@ fn waiting_calls_return_soon_after_the_server_is_back() {
     let returned: Vec<Duration> = thread::scope(|scope| {
         let mut began = Vec::new();
         let all_connections: Vec<_> =
-            (0..THREADS).map(|_| store.pool().get().expect("a connection")).collect();
+            (0..THREADS).map(|_| store.connection().expect("a connection")).collect();
         server.crash();
         drop(all_connections);
         for i in 0..THREADS {

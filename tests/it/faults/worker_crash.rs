@@ -71,7 +71,7 @@ fn head(client: &mut impl GenericClient) -> Result<i64, checkpoint_store::postgr
 /// Exactly once with `lock` and `save`: read model and checkpoint in one transaction.
 fn work_with_lock(store: &PostgresCheckpointStore) -> Outcome {
     loop {
-        let mut client = store.pool().get()?;
+        let mut client = store.connection()?;
         let mut tx = client.transaction()?;
         let from = store.in_transaction(&mut tx).lock("locks")?;
         let to = head(&mut tx)?.min(from + 1 + from % 4);
@@ -88,7 +88,7 @@ fn work_with_lock(store: &PostgresCheckpointStore) -> Outcome {
 fn work_with_advance(store: &PostgresCheckpointStore) -> Outcome {
     loop {
         let from = store.get("advances")?;
-        let mut client = store.pool().get()?;
+        let mut client = store.connection()?;
         let mut tx = client.transaction()?;
         let to = head(&mut tx)?.min(from + 1 + from % 4);
         let apply = "INSERT INTO advances SELECT generate_series($1::bigint + 1, $2)";
@@ -106,7 +106,7 @@ fn work_with_checkpointer(store: &PostgresCheckpointStore) -> Outcome {
     let mut checkpointer = Checkpointer::resume(store, "checkpointer", Cadence::every(EVERY))?;
     loop {
         let event = checkpointer.offset() + 1;
-        let mut client = store.pool().get()?;
+        let mut client = store.connection()?;
         if event > head(&mut *client)? {
             drop(client);
             checkpointer.flush()?;
@@ -126,7 +126,7 @@ fn work_with_watermark(store: &PostgresCheckpointStore) -> Outcome {
     let checkpointer = Mutex::new(checkpointer);
     let work = || -> Outcome {
         loop {
-            let mut client = store.pool().get()?;
+            let mut client = store.connection()?;
             let head = head(&mut *client)?;
             let event = {
                 let mut next = next.lock().unwrap();

@@ -97,7 +97,7 @@ pub(crate) fn wait_for_a_waiter(observer: &mut Client, text: &str) {
 
 /// Waits until something holds, and fails loudly when it never does.
 pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_mins(1);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !holds() {
         assert!(Instant::now() < deadline, "waited a minute in vain until {what}");
         std::thread::sleep(Duration::from_millis(2));

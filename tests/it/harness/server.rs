@@ -154,7 +154,7 @@ impl Server {
         }
         let mut child = postgres.spawn().expect("postgres starts");
         running.guard.watch(&child);
-        let deadline = Instant::now() + Duration::from_mins(1);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while let Err(refused) = self.knock() {
             let ended = child.try_wait().expect("a child's state");
             if ended.is_some() || Instant::now() > deadline {
