@@ -260,7 +260,7 @@ pub use memory::MemoryCheckpointStore;
 pub use monitor::{Health, HealthCheck, HealthLevel, ProjectionStatus};
 #[cfg(feature = "postgres")]
 pub use pg::{
-    InTransaction, PooledClient, PostgresCheckpointStore, PostgresCheckpointStoreBuilder,
+    Batch, InTransaction, PooledClient, PostgresCheckpointStore, PostgresCheckpointStoreBuilder,
 };
 pub use store::CheckpointStore;
 pub use validate::{validate_advance, validate_offset, validate_projection};

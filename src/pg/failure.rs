@@ -112,7 +112,9 @@ pub(crate) fn sql_state<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a S
     error.downcast_ref::<postgres::Error>().and_then(postgres::Error::code)
 }
 
-fn postgres_error<'a>(cause: &'a (dyn StdError + 'static)) -> Option<&'a postgres::Error> {
+pub(crate) fn postgres_error<'a>(
+    cause: &'a (dyn StdError + 'static),
+) -> Option<&'a postgres::Error> {
     std::iter::successors(Some(cause), |&cause| cause.source())
         .find_map(|cause| cause.downcast_ref::<postgres::Error>())
 }

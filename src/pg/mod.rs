@@ -5,6 +5,7 @@ mod failure;
 mod identifier;
 mod migrate;
 mod prepared;
+mod project;
 mod queries;
 mod session;
 mod transaction;
@@ -18,6 +19,7 @@ use r2d2::{ManageConnection, Pool};
 pub use self::builder::PostgresCheckpointStoreBuilder;
 pub use self::connections::PooledClient;
 pub(crate) use self::failure::transience;
+pub use self::project::Batch;
 pub use self::transaction::InTransaction;
 
 use self::connections::Connections;

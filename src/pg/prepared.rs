@@ -6,79 +6,101 @@
 //! other names.
 
 use std::collections::HashMap;
+use std::error::Error as StdError;
+use std::mem;
 
 use postgres::error::SqlState;
-use postgres::{Client, Row, Statement};
+use postgres::{Client, GenericClient, Row, Statement};
 
 use super::connections::PooledClient;
-use super::failure::Outcome;
+use super::failure::{Cause, Outcome, sql_state};
 use super::session::{Parameters, Query, Session, Unnamed};
+
+/// Kept with a connection: its statements, by their text.
+#[derive(Default)]
+pub(crate) struct Prepared(HashMap<String, Statement>);
+
+impl Prepared {
+    fn prepare(
+        &mut self,
+        client: &mut impl GenericClient,
+        query: &Query,
+    ) -> Result<Statement, postgres::Error> {
+        if let Some(statement) = self.0.get(&query.sql) {
+            return Ok(statement.clone());
+        }
+        let statement = client.prepare_typed(&query.sql, query.parameters)?;
+        self.0.insert(query.sql.clone(), statement.clone());
+        Ok(statement)
+    }
+}
+
+/// Runs queries on a connection, or in a transaction on it, as statements that it keeps.
+pub(crate) struct Keeping<'a, C> {
+    pub(crate) client: &'a mut C,
+    pub(crate) statements: &'a mut Prepared,
+}
+
+impl<C: GenericClient> Session for Keeping<'_, C> {
+    fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
+        let statement = self.statements.prepare(self.client, query)?;
+        Ok(self.client.query(&statement, parameters)?)
+    }
+
+    fn execute(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<u64> {
+        let statement = self.statements.prepare(self.client, query)?;
+        Ok(self.client.execute(&statement, parameters)?)
+    }
+}
 
 /// A pooled connection, with prepared statements if the store wants them.
 impl Session for PooledClient {
     fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
-        if self.prepares {
-            execute_prepared(self, query, |client, it| client.query(it, parameters))
-        } else {
-            Unnamed(&mut **self).query(query, parameters)
+        if !self.prepares {
+            return Unnamed(&mut **self).query(query, parameters);
         }
+        with_statements(self, |mut keeping| keeping.query(query, parameters))
     }
 
     fn execute(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<u64> {
-        if self.prepares {
-            execute_prepared(self, query, |client, it| client.execute(it, parameters))
-        } else {
-            Unnamed(&mut **self).execute(query, parameters)
+        if !self.prepares {
+            return Unnamed(&mut **self).execute(query, parameters);
         }
+        with_statements(self, |mut keeping| keeping.execute(query, parameters))
     }
 }
 
-/// Kept with a connection: its statements, by their text.
-#[derive(Default)]
-struct Prepared(HashMap<String, Statement>);
-
-fn prepare(connection: &mut PooledClient, query: &Query) -> Result<Statement, postgres::Error> {
-    let Prepared(kept) = connection.kept();
-    if let Some(statement) = kept.get(&query.sql) {
-        return Ok(statement.clone());
-    }
-    let statement = connection.prepare_typed(&query.sql, query.parameters)?;
-    let Prepared(kept) = connection.kept();
-    kept.insert(query.sql.clone(), statement.clone());
-    Ok(statement)
-}
-
-/// Runs a query as a prepared statement. One that the server does not know any more, or would not
-/// run again, has done nothing: so it is prepared anew and run once more.
-///
-/// One that is gone again at once, or whose name was taken, tells of a pooler.
-fn execute_prepared<T>(
+/// Runs a query with the statements of the connection. One that the server does not know any more,
+/// or would not run again, has done nothing: so it is prepared anew and run once more.
+fn with_statements<T>(
     connection: &mut PooledClient,
-    query: &Query,
-    execute: impl Fn(&mut Client, &Statement) -> Result<T, postgres::Error>,
+    run_query: impl Fn(Keeping<'_, Client>) -> Outcome<T>,
 ) -> Outcome<T> {
-    let first = prepare(connection, query).and_then(|statement| execute(connection, &statement));
-    let outcome = match first {
-        Err(error) if is_forgotten(&error) || must_be_replanned(&error) => {
-            connection.forget::<Prepared>();
-            prepare(connection, query).and_then(|statement| execute(connection, &statement))
+    let mut statements = mem::take(connection.kept::<Prepared>());
+    let mut outcome = run_query(Keeping { client: connection, statements: &mut statements });
+    if outcome.as_ref().is_err_and(|cause| is_stale(cause.as_ref())) {
+        statements = Prepared::default();
+        outcome = run_query(Keeping { client: connection, statements: &mut statements });
+    }
+    *connection.kept() = statements;
+    outcome.map_err(name_the_pooler)
+}
+
+/// Whether a statement has to be prepared anew, and has not been run.
+pub(crate) fn is_stale(cause: &(dyn StdError + 'static)) -> bool {
+    // The latter is "cached plan must not change result type": the table has changed since.
+    [Some(&SqlState::INVALID_SQL_STATEMENT_NAME), Some(&SqlState::FEATURE_NOT_SUPPORTED)]
+        .contains(&sql_state(cause))
+}
+
+/// A statement that is gone again at once, or whose name was taken, tells of a pooler.
+pub(crate) fn name_the_pooler(cause: Cause) -> Cause {
+    match sql_state(cause.as_ref()) {
+        Some(&SqlState::INVALID_SQL_STATEMENT_NAME | &SqlState::DUPLICATE_PSTATEMENT) => {
+            SharedSession { cause: Some(cause) }.into()
         }
-        outcome => outcome,
-    };
-    outcome.map_err(|error| match error.code() {
-        Some(&SqlState::DUPLICATE_PSTATEMENT) => SharedSession { cause: Some(error) }.into(),
-        _ if is_forgotten(&error) => SharedSession { cause: Some(error) }.into(),
-        _ => error.into(),
-    })
-}
-
-fn is_forgotten(error: &postgres::Error) -> bool {
-    error.code() == Some(&SqlState::INVALID_SQL_STATEMENT_NAME)
-}
-
-/// "cached plan must not change result type": the table has changed since, and nothing was run.
-fn must_be_replanned(error: &postgres::Error) -> bool {
-    error.code() == Some(&SqlState::FEATURE_NOT_SUPPORTED)
+        _ => cause,
+    }
 }
 
 /// Whether a new connection comes upon statements that it has not prepared.
@@ -110,5 +132,5 @@ pub(crate) fn refuse_shared_sessions(
 )]
 pub(crate) struct SharedSession {
     #[source]
-    pub(crate) cause: Option<postgres::Error>,
+    pub(crate) cause: Option<Cause>,
 }

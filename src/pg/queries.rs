@@ -19,8 +19,10 @@ pub(crate) struct Queries {
     save: Query,
     save_many: Query,
     advance: Query,
+    advance_or_find: Query,
     delete: Query,
     lock: Query,
+    lock_new: Query,
     try_lock: Query,
 }
 
@@ -39,8 +41,13 @@ impl Queries {
                 include_str!("../../sql/advance.sql"),
                 &[Type::TEXT, Type::INT8, Type::INT8],
             ),
+            advance_or_find: query(
+                include_str!("../../sql/advance_or_find.sql"),
+                &[Type::TEXT, Type::INT8, Type::INT8],
+            ),
             delete: query(include_str!("../../sql/delete.sql"), &[Type::TEXT]),
             lock: query(include_str!("../../sql/lock.sql"), &[Type::TEXT]),
+            lock_new: query(include_str!("../../sql/lock_new.sql"), &[Type::TEXT]),
             try_lock: query(include_str!("../../sql/try_lock.sql"), &[Type::TEXT]),
             table,
         }
@@ -95,10 +102,14 @@ impl Queries {
         to: i64,
     ) -> Outcome<Advance> {
         // Nothing found and nothing moved, though `from` is 0: another transaction has created the
-        // row since this statement began. The next statement sees it.
+        // row since the statement began. The next one sees it.
         const ATTEMPTS: usize = 8;
+        // The cheap statement first: it is all there is to do, unless the row is absent or elsewhere.
+        if session.execute(&self.advance, &[&projection, &from, &to])? > 0 {
+            return Ok(Advance::Moved);
+        }
         for attempt in 0..ATTEMPTS {
-            let rows = session.query(&self.advance, &[&projection, &from, &to])?;
+            let rows = session.query(&self.advance_or_find, &[&projection, &from, &to])?;
             let row = rows.first().ok_or("the server returned no row")?;
             if row.try_get("moved")? {
                 return Ok(Advance::Moved);
@@ -120,22 +131,26 @@ impl Queries {
     }
 
     pub(crate) fn lock(&self, session: &mut impl Session, projection: &str) -> Outcome<i64> {
-        let rows = session.query(&self.lock, &[&projection])?;
+        match session.query(&self.lock, &[&projection])?.first() {
+            Some(row) => Ok(row.try_get(0)?),
+            None => self.lock_new(session, projection),
+        }
+    }
+
+    /// Creates the row at 0, or waits for whoever is creating it, and takes it.
+    pub(crate) fn lock_new(&self, session: &mut impl Session, projection: &str) -> Outcome<i64> {
+        let rows = session.query(&self.lock_new, &[&projection])?;
         Ok(rows.first().ok_or(NOTHING_WRITTEN)?.try_get(0)?)
     }
 
-    pub(crate) fn try_lock(
+    /// Takes the row if it is there and free.
+    pub(crate) fn lock_if_free(
         &self,
         session: &mut impl Session,
         projection: &str,
-    ) -> Outcome<TryLock> {
+    ) -> Outcome<Option<i64>> {
         let rows = session.query(&self.try_lock, &[&projection])?;
-        let row = rows.first().ok_or("the server returned no row")?;
-        Ok(match row.try_get("held")? {
-            Some(offset) => TryLock::Held(offset),
-            None if row.try_get("present")? => TryLock::Taken,
-            None => TryLock::Absent,
-        })
+        Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
     }
 }
 
@@ -169,13 +184,6 @@ impl Advance {
             Self::Found(found) => Err(Error::conflict(projection, expected, found)),
         }
     }
-}
-
-/// What one look at a projection's row, without waiting, came to.
-pub(crate) enum TryLock {
-    Held(i64),
-    Taken,
-    Absent,
 }
 
 const NOTHING_WRITTEN: &str =
@@ -216,15 +224,17 @@ impl<'a> FromSql<'a> for Timestamp {
 mod tests {
     use super::*;
 
-    fn rendered(queries: &Queries) -> [(&Query, &'static str); 8] {
+    fn rendered(queries: &Queries) -> [(&Query, &'static str); 10] {
         [
             (&queries.find, include_str!("../../sql/find.sql")),
             (&queries.all, include_str!("../../sql/all.sql")),
             (&queries.save, include_str!("../../sql/save.sql")),
             (&queries.save_many, include_str!("../../sql/save_many.sql")),
             (&queries.advance, include_str!("../../sql/advance.sql")),
+            (&queries.advance_or_find, include_str!("../../sql/advance_or_find.sql")),
             (&queries.delete, include_str!("../../sql/delete.sql")),
             (&queries.lock, include_str!("../../sql/lock.sql")),
+            (&queries.lock_new, include_str!("../../sql/lock_new.sql")),
             (&queries.try_lock, include_str!("../../sql/try_lock.sql")),
         ]
     }

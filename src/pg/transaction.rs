@@ -5,7 +5,7 @@ use postgres::error::SqlState;
 
 use super::connections::Connections;
 use super::failure::{Aftermath, Cause, Outcome, failure, sql_state};
-use super::queries::{Queries, TryLock};
+use super::queries::Queries;
 use super::session::Unnamed;
 use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, Error, Result};
@@ -146,7 +146,8 @@ impl InTransaction<'_, '_> {
             .map_err(|cause| self.failed("save_many", self.queries.about_many(checkpoints), cause))
     }
 
-    /// Moves the checkpoint to `to`, only if it still is at `from`. One round trip.
+    /// Moves the checkpoint to `to`, only if it still is at `from`. One round trip, and one or two
+    /// more when there is no checkpoint yet or it is elsewhere.
     ///
     /// It waits for another transaction that holds the projection, and then compares with what
     /// that one left. A `Conflict` leaves the transaction usable, but the work of this batch has
@@ -198,9 +199,11 @@ impl InTransaction<'_, '_> {
             .map_err(|cause| self.failed("delete", self.queries.about(projection), cause))
     }
 
-    /// Takes the projection for this transaction, and returns its offset. One round trip.
+    /// Takes the projection for this transaction, and returns its offset. One round trip, two when
+    /// the checkpoint has to be created.
     ///
-    /// Creates the checkpoint at 0 when there is none. Of two workers on one projection the second
+    /// Creates the checkpoint at 0 when there is none. A `delete` that commits while a worker waits
+    /// here makes that worker begin at 0. Of two workers on one projection the second
     /// waits here until the first one's transaction ends, and then sees the offset that it left.
     /// It waits as long as that takes; `SET LOCAL lock_timeout` bounds it, and its error
     /// [is transient](Error::is_transient).
@@ -231,7 +234,7 @@ impl InTransaction<'_, '_> {
 
     /// As [`lock`](InTransaction::lock), but `None` at once when another transaction has the
     /// projection, even while that one is still creating it. One round trip when the projection
-    /// has a checkpoint; a few when it has to be created.
+    /// is free; two when another has it, a few when it has to be created.
     ///
     /// `None` leaves the transaction usable. It never waits for another transaction's row. It does
     /// wait for a lock on the whole table, as `VACUUM FULL` takes it; while the table may only be
@@ -253,44 +256,14 @@ impl InTransaction<'_, '_> {
     /// ```
     pub fn try_lock(&mut self, projection: &str) -> Result<Option<i64>> {
         validate_projection(projection)?;
-        let attempt = self
-            .queries
-            .try_lock(&mut Unnamed(self.tx), projection)
-            .map_err(|cause| self.failed("try_lock", self.queries.about(projection), cause))?;
-        match attempt {
-            TryLock::Held(offset) => Ok(Some(offset)),
-            TryLock::Taken => Ok(None),
-            TryLock::Absent => self
-                .lock_absent(projection)
-                .map_err(|cause| self.failed("try_lock", self.queries.about(projection), cause)),
-        }
-    }
-
-    /// `lock` creates the row, and waits for whoever else is creating it: here a millisecond, the
-    /// shortest time that PostgreSQL knows. The savepoint keeps a time-out from aborting the
-    /// caller's transaction, and the setting from outliving this call.
-    fn lock_absent(&mut self, projection: &str) -> Outcome<Option<i64>> {
-        let mut savepoint = self.tx.transaction()?;
-        let caller = savepoint.query_typed_one(
-            "SELECT current_setting('lock_timeout'), set_config('lock_timeout', '1ms', true)",
-            &[],
-        )?;
-        match self.queries.lock(&mut Unnamed(&mut savepoint), projection) {
-            Ok(offset) => {
-                let setting: &str = caller.try_get(0)?;
-                savepoint.query_typed_one(
-                    "SELECT set_config('lock_timeout', $1, true)",
-                    &[(&setting, postgres::types::Type::TEXT)],
-                )?;
-                savepoint.commit()?;
-                Ok(Some(offset))
-            }
-            Err(cause) if sql_state(cause.as_ref()) == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
-                savepoint.rollback()?;
-                Ok(None)
-            }
-            Err(cause) => Err(cause),
-        }
+        let queries = self.queries;
+        queries
+            .lock_if_free(&mut Unnamed(self.tx), projection)
+            .and_then(|held| match held {
+                Some(offset) => Ok(Some(offset)),
+                None => lock_if_absent(queries, self.tx, projection),
+            })
+            .map_err(|cause| self.failed("try_lock", queries.about(projection), cause))
     }
 
     fn read(&mut self, operation: &'static str, projection: &str) -> Result<Option<Checkpoint>> {
@@ -305,5 +278,41 @@ impl InTransaction<'_, '_> {
             self.connections.note_loss();
         }
         failure(operation, subject, cause)
+    }
+}
+
+/// What is left of `try_lock` where no row was free: creates the row if there is none.
+///
+/// To create it is to wait for whoever else is creating it: here a millisecond, the shortest time
+/// that PostgreSQL knows. The savepoint keeps a time-out from aborting the caller's transaction, and
+/// the setting from outliving this call.
+pub(super) fn lock_if_absent(
+    queries: &Queries,
+    tx: &mut Transaction<'_>,
+    projection: &str,
+) -> Outcome<Option<i64>> {
+    if queries.find(&mut Unnamed(tx), projection)?.is_some() {
+        return Ok(None);
+    }
+    let mut savepoint = tx.transaction()?;
+    let caller = savepoint.query_typed_one(
+        "SELECT current_setting('lock_timeout'), set_config('lock_timeout', '1ms', true)",
+        &[],
+    )?;
+    match queries.lock_new(&mut Unnamed(&mut savepoint), projection) {
+        Ok(offset) => {
+            let setting: &str = caller.try_get(0)?;
+            savepoint.query_typed_one(
+                "SELECT set_config('lock_timeout', $1, true)",
+                &[(&setting, postgres::types::Type::TEXT)],
+            )?;
+            savepoint.commit()?;
+            Ok(Some(offset))
+        }
+        Err(cause) if sql_state(cause.as_ref()) == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
+            savepoint.rollback()?;
+            Ok(None)
+        }
+        Err(cause) => Err(cause),
     }
 }

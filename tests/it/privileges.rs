@@ -69,21 +69,25 @@ fn in_transaction(
 }
 
 /// Every operation, and the privileges on the table that it cannot do without.
-const OPERATIONS: [(&str, &[&str], Operation); 11] = [
+const OPERATIONS: [(&str, &[&str], Operation); 13] = [
     ("find", &["SELECT"], |store| store.find("there").map(drop)),
     ("all", &["SELECT"], |store| store.all().map(drop)),
     ("save", &["SELECT", "INSERT", "UPDATE"], |store| store.save("there", 1)),
     ("save", &["SELECT", "INSERT", "UPDATE"], |store| store.save("new", 1)),
     ("save_many", &["SELECT", "INSERT", "UPDATE"], |store| store.save_many(&[("new", 1)])),
-    ("advance", &["SELECT", "INSERT", "UPDATE"], |store| store.advance("there", 1, 1)),
-    ("lock", &["SELECT", "INSERT", "UPDATE"], |store| {
+    ("advance", &["SELECT", "UPDATE"], |store| store.advance("there", 1, 1)),
+    ("advance", &["SELECT", "INSERT", "UPDATE"], |store| store.advance("absent", 0, 1)),
+    ("lock", &["SELECT", "UPDATE"], |store| {
         in_transaction(store, |tx| store.in_transaction(tx).lock("there").map(drop))
+    }),
+    ("lock", &["SELECT", "INSERT", "UPDATE"], |store| {
+        in_transaction(store, |tx| store.in_transaction(tx).lock("not there").map(drop))
     }),
     ("try_lock", &["SELECT", "UPDATE"], |store| {
         in_transaction(store, |tx| store.in_transaction(tx).try_lock("there").map(drop))
     }),
     ("try_lock", &["SELECT", "INSERT", "UPDATE"], |store| {
-        in_transaction(store, |tx| store.in_transaction(tx).try_lock("absent").map(drop))
+        in_transaction(store, |tx| store.in_transaction(tx).try_lock("free").map(drop))
     }),
     ("delete", &["SELECT", "DELETE"], |store| store.delete("new").map(drop)),
     ("delete", &["SELECT", "DELETE"], |store| store.delete("never").map(drop)),
@@ -135,6 +139,9 @@ fn each_missing_privilege_is_an_error_that_names_the_operation_and_the_table() {
         granted.owner.save("there", 1).unwrap();
         let store = granted.store();
         for (operation, needs, run) in OPERATIONS {
+            for name in ["absent", "free", "not there"] {
+                granted.owner.delete(name).unwrap();
+            }
             let context = format!("{operation} without {missing:?}");
             let outcome = run(&store);
             if missing.0 != "USAGE" && !needs.contains(&missing.0) {
@@ -154,6 +161,9 @@ fn each_missing_privilege_is_an_error_that_names_the_operation_and_the_table() {
         }
         assert_eq!(granted.owner.get("there").unwrap(), 1, "without {missing:?}");
         granted.grant(missing);
+        for name in ["absent", "free", "not there"] {
+            granted.owner.delete(name).unwrap();
+        }
         for (operation, _, run) in OPERATIONS {
             run(&store).expect(operation);
         }

@@ -316,7 +316,7 @@ fn an_advance_that_is_still_under_way_happens_later_and_the_next_one_finds_out()
 }
 
 /// The part of `sql/advance.sql` that no other statement has.
-const ADVANCE: &str = "AS moved";
+const ADVANCE: &str = "SET \"offset\" = $3";
 
 fn store_through(proxy: &Proxy, stage: &Stage) -> PostgresCheckpointStore {
     // Were an operation to wait for what the test itself holds, it would do so for ever.
