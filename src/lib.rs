@@ -93,7 +93,7 @@
 //!
 //! Events that are handled by several threads are done out of order. A [`Watermark`] knows up to where
 //! all are done; that is what to checkpoint. Many threads with a projection each share one store, and
-//! save faster through a [`GroupedCheckpointStore`].
+//! save faster with [`group_commit`](PostgresCheckpointStoreBuilder::group_commit).
 //!
 //! # Monitoring
 //!
@@ -242,7 +242,6 @@ mod checkpointer;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod error;
-mod grouped;
 mod memory;
 mod monitor;
 #[cfg(feature = "postgres")]
@@ -255,7 +254,6 @@ mod watermark;
 pub use checkpoint::Checkpoint;
 pub use checkpointer::{Cadence, Checkpointer};
 pub use error::{Error, Result};
-pub use grouped::GroupedCheckpointStore;
 pub use memory::MemoryCheckpointStore;
 pub use monitor::{Health, HealthCheck, HealthLevel, ProjectionStatus};
 #[cfg(feature = "postgres")]

@@ -3,9 +3,5 @@
 
 #[cfg(test)]
 pub(crate) use loom::sync::{Condvar, Mutex, MutexGuard};
-#[cfg(test)]
-pub(crate) use loom::thread::yield_now;
 #[cfg(not(test))]
 pub(crate) use std::sync::{Condvar, Mutex, MutexGuard};
-#[cfg(not(test))]
-pub(crate) use std::thread::yield_now;

@@ -10,8 +10,8 @@ type Chosen = fn(&SharedStores) -> &dyn CheckpointStore;
 const WAYS: [(&str, Chosen); 4] = [
     ("ours", |stores| &stores.ours),
     ("ours, prepared", |stores| &stores.prepared),
-    ("ours, grouped", |stores| &stores.grouped),
-    ("ours, grouped and prepared", |stores| &stores.grouped_prepared),
+    ("ours, group commit", |stores| &stores.grouped),
+    ("ours, prepared, group commit", |stores| &stores.grouped_prepared),
 ];
 
 /// Threads that save at once, on 8 connections; pgbench has one for each.

@@ -10,8 +10,10 @@
 mod support;
 
 mod cadence;
+mod group;
 mod paired;
 mod picture;
+mod project;
 mod report;
 
 use std::hint::black_box;
@@ -40,6 +42,13 @@ fn main() {
             saves
         })
     });
+    if wanted("project") {
+        for (durability, server) in SERVERS {
+            project::print(durability, server, 1);
+            project::print(durability, server, 100);
+            project::print_statements(durability, server);
+        }
+    }
     if wanted("transaction") {
         for (durability, server) in SERVERS {
             transactions(durability, server);
@@ -51,6 +60,20 @@ fn main() {
             print_threads(count, &measured);
             (count, measured)
         })
+    });
+    let checkpointers = wanted("group").then(|| {
+        let of = |durability, server| {
+            [1, 2, 8, 32].map(|count| {
+                let measured = group::checkpointers(server, count);
+                group::print_checkpointers(durability, count, &measured);
+                (count, measured)
+            })
+        };
+        let [durable, _] = SERVERS.map(|(durability, server)| of(durability, server));
+        for busy in [8, 32] {
+            group::print_beside_busy_threads(busy);
+        }
+        durable
     });
     if wanted("save_many") {
         many();
@@ -69,17 +92,26 @@ fn main() {
         println!();
         cadence::print_table();
     }
-    let drawn = (argument_after("--svg"), saves, threads);
-    if let (Some(path), Some([durable, _]), Some(threads)) = drawn {
-        let picture = picture::draw(&durable, &threads);
+    let drawn = (argument_after("--svg"), saves, threads, checkpointers);
+    if let (Some(path), Some([durable, _]), Some(threads), Some(checkpointers)) = drawn {
+        let picture = picture::draw(&durable, &threads, &checkpointers);
         std::fs::write(&path, picture).unwrap_or_else(|error| panic!("{path}: {error}"));
     }
 }
 
 /// Whether a part of the table is asked for; none named is all of them.
 fn wanted(part: &str) -> bool {
-    const PARTS: [&str; 7] =
-        ["save", "transaction", "threads", "save_many", "scale", "memory", "cadence"];
+    const PARTS: [&str; 9] = [
+        "save",
+        "project",
+        "transaction",
+        "threads",
+        "group",
+        "save_many",
+        "scale",
+        "memory",
+        "cadence",
+    ];
     has_argument(part) || !PARTS.into_iter().any(has_argument)
 }
 
@@ -116,7 +148,7 @@ fn print_saves(durability: &str, saves: &Measured) {
     row("by hand / ours prepared", AtLeast(prepared), (BY_HAND, PREPARED));
     row("ours / bare `execute_typed`", AtMost(1.05), (OURS, BARE_TYPED));
     row("ours prepared / bare prepared", AtMost(1.05), (PREPARED, BARE_PREPARED));
-    row("alone through grouped / without it", AtMost(1.05), (GROUPED, OURS));
+    row("1 thread, group commit / without it", AtMost(1.05), (GROUPED, OURS));
     row("ours prepared / empty round trip", Target::None, (PREPARED, ROUND_TRIP));
 }
 
@@ -138,7 +170,7 @@ fn transactions(durability: &str, server: &Server) {
     print_time(&what, Target::None, &measured, (ours, without));
 }
 
-const GROUPED_PREPARED: &str = "ours, grouped and prepared";
+const GROUPED_PREPARED: &str = "ours, prepared, group commit";
 const PGBENCH: &str = "pgbench";
 
 /// A turn takes about a second, a save by each thread counts as one time.
@@ -181,8 +213,9 @@ fn print_threads(threads: usize, measured: &Measured) {
     row("ours", Target::None, OURS);
     row("ours prepared", if threads < 32 { AtLeast(0.95) } else { Target::None }, PREPARED);
     if threads > 1 {
-        row("ours grouped", if threads < 32 { Target::None } else { AtLeast(2.0) }, GROUPED);
-        row("ours grouped and prepared", Target::None, GROUPED_PREPARED);
+        row("ours, group commit", Target::None, GROUPED);
+        let target = if threads < 32 { Target::None } else { AtLeast(2.0) };
+        row("ours, group commit, prepared", target, GROUPED_PREPARED);
     }
 }
 

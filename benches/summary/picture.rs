@@ -1,5 +1,6 @@
 use std::fmt::Write;
 
+use crate::group::{self, PLAIN};
 use crate::paired::Measured;
 use crate::report::{duration, thousands};
 use crate::support::{BARE_PREPARED, BARE_TYPED, BY_HAND, GROUPED, OURS, PREPARED, ROUND_TRIP};
@@ -16,7 +17,11 @@ const LEFT: f64 = 210.0;
 const LONGEST: f64 = 450.0;
 
 /// Two bar charts, one beneath the other, that can be read on a light and on a dark page.
-pub(crate) fn draw(saves: &Measured, threads: &[(usize, Measured)]) -> String {
+pub(crate) fn draw(
+    saves: &Measured,
+    threads: &[(usize, Measured)],
+    checkpointers: &[(usize, Measured)],
+) -> String {
     let mut chart = Chart { svg: String::new(), y: 0.0 };
     chart.title("One durable save, median; shorter is better");
     let bars: Vec<Bar> = [BY_HAND, OURS, BARE_TYPED, PREPARED, BARE_PREPARED, ROUND_TRIP]
@@ -43,8 +48,22 @@ pub(crate) fn draw(saves: &Measured, threads: &[(usize, Measured)]) -> String {
             (*count, bars)
         })
         .collect();
-    let most = groups.iter().map(|(_, bars)| largest(bars)).fold(0.0, f64::max);
+    let checkpointers: Vec<(usize, Vec<Bar>)> = checkpointers
+        .iter()
+        .filter(|(count, _)| threads.iter().any(|(other, _)| other == count))
+        .map(|(count, measured)| {
+            let rate = |name| (String::from(name), *count as f64 / measured.seconds(name));
+            (*count, [PLAIN, group::GROUPED].map(rate).to_vec())
+        })
+        .collect();
+    let most =
+        groups.iter().chain(&checkpointers).map(|(_, bars)| largest(bars)).fold(0.0, f64::max);
     for (count, bars) in &groups {
+        chart.subtitle(&threads_word(*count));
+        chart.bars(bars, most, |rate| format!("{}/s", thousands(rate)));
+    }
+    chart.title("A Checkpointer in each thread that saves after every event, events per second");
+    for (count, bars) in &checkpointers {
         chart.subtitle(&threads_word(*count));
         chart.bars(bars, most, |rate| format!("{}/s", thousands(rate)));
     }
@@ -75,7 +94,8 @@ impl Chart {
 
     fn bars(&mut self, bars: &[Bar], full: f64, label: impl Fn(f64) -> String) {
         for (name, value) in bars {
-            let class = if name.starts_with(OURS) { "ours" } else { "other" };
+            let ours = name.starts_with(OURS) || name.starts_with(PLAIN);
+            let class = if ours { "ours" } else { "other" };
             let length = LONGEST * value / full;
             let middle = self.y + BAR * 0.75;
             self.text("name", LEFT - 10.0, middle, name);

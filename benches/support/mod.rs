@@ -20,8 +20,11 @@ pub(crate) use harness::{Options, Server, client, wait_until};
 pub(crate) use saves::{
     BARE_PREPARED, BARE_TYPED, BY_HAND, GROUPED, OURS, PREPARED, ROUND_TRIP, Save, Turns, WAYS,
 };
-pub(crate) use threads::{BareMap, SharedStores, has_pgbench, in_threads, pgbench, times_each};
-pub(crate) use transaction::{Batches, SavedBy};
+pub(crate) use threads::{
+    BareMap, SharedStores, beside_busy_threads, checkpointed_each, has_pgbench, in_threads,
+    pgbench, times_each,
+};
+pub(crate) use transaction::{Batches, Projected, SavedBy};
 
 /// As the distribution configures it: a save returns when it is on the disk.
 pub(crate) static DURABLE: LazyLock<Server> = LazyLock::new(|| start(Options::durable()));

@@ -2,7 +2,7 @@ use checkpoint_store::postgres::NoTls;
 use checkpoint_store::postgres::types::Type;
 use checkpoint_store::r2d2::Pool;
 use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
-use checkpoint_store::{CheckpointStore, GroupedCheckpointStore, PostgresCheckpointStore};
+use checkpoint_store::{CheckpointStore, PostgresCheckpointStore};
 
 use super::{Server, client, store};
 
@@ -35,7 +35,7 @@ pub(crate) const BARE_PREPARED: &str = "bare prepared";
 pub(crate) const PREPARED: &str = "ours, prepared";
 pub(crate) const BARE_TYPED: &str = "bare execute_typed";
 pub(crate) const OURS: &str = "ours";
-pub(crate) const GROUPED: &str = "ours, grouped";
+pub(crate) const GROUPED: &str = "ours, group commit";
 pub(crate) const BY_HAND: &str = "by hand";
 
 /// The ways to save that are compared, from the floor up: what the network alone costs, the
@@ -85,7 +85,8 @@ fn ours(server: &Server) -> Save {
 }
 
 fn ours_grouped(server: &Server) -> Save {
-    through(GroupedCheckpointStore::new(store(server)))
+    let builder = PostgresCheckpointStore::builder().group_commit(true);
+    through(builder.connect(&server.params()).expect("a store"))
 }
 
 fn through(store: impl CheckpointStore + 'static) -> Save {

@@ -1,11 +1,12 @@
 use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use checkpoint_store::{GroupedCheckpointStore, PostgresCheckpointStore};
+use checkpoint_store::{Cadence, Checkpointer, PostgresCheckpointStore};
 
 use super::Server;
 use super::harness::server_program;
@@ -48,28 +49,63 @@ pub(crate) fn times_each(
     })
 }
 
+/// The same for a `Checkpointer` each, that saves after every event.
+pub(crate) fn checkpointed_each(
+    threads: usize,
+    times: u64,
+    store: &PostgresCheckpointStore,
+) -> Duration {
+    in_threads(threads, |thread| {
+        let name = format!("checkpointer {thread}");
+        let mut checkpointer =
+            Checkpointer::resume(store, name, Cadence::every(1)).expect("resumed");
+        for _ in 0..times {
+            let next = checkpointer.offset() + 1;
+            checkpointer.processed(next).expect("saved");
+        }
+    })
+}
+
+/// Does something while so many other threads keep the processors busy.
+pub(crate) fn beside_busy_threads<T>(threads: usize, work: impl FnOnce() -> T) -> T {
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        let outcome = work();
+        done.store(true, Ordering::Relaxed);
+        outcome
+    })
+}
+
 /// Stores that threads share, each with 8 connections, however many the threads are.
 pub(crate) struct SharedStores {
     pub(crate) ours: PostgresCheckpointStore,
     pub(crate) prepared: PostgresCheckpointStore,
-    pub(crate) grouped: GroupedCheckpointStore<PostgresCheckpointStore>,
-    pub(crate) grouped_prepared: GroupedCheckpointStore<PostgresCheckpointStore>,
+    pub(crate) grouped: PostgresCheckpointStore,
+    pub(crate) grouped_prepared: PostgresCheckpointStore,
 }
 
 impl SharedStores {
     pub(crate) fn new(server: &Server) -> Self {
-        let store = |prepared| {
+        let store = |prepared, grouped| {
             PostgresCheckpointStore::builder()
                 .max_connections(8)
                 .prepared_statements(prepared)
+                .group_commit(grouped)
                 .connect(&server.params())
                 .expect("a store")
         };
         Self {
-            ours: store(false),
-            prepared: store(true),
-            grouped: GroupedCheckpointStore::new(store(false)),
-            grouped_prepared: GroupedCheckpointStore::new(store(true)),
+            ours: store(false, false),
+            prepared: store(true, false),
+            grouped: store(false, true),
+            grouped_prepared: store(true, true),
         }
     }
 }

@@ -1,6 +1,6 @@
-use checkpoint_store::PostgresCheckpointStore;
-use checkpoint_store::postgres::Client;
 use checkpoint_store::postgres::types::Type;
+use checkpoint_store::postgres::{Client, Statement, Transaction};
+use checkpoint_store::{CheckpointStore, PostgresCheckpointStore};
 
 use super::saves::SAVE;
 use super::{Server, client, store};
@@ -37,18 +37,10 @@ impl Batches {
 
     /// Begin, apply the batch in one statement, save, commit.
     pub(crate) fn process(&mut self, saved_by: SavedBy) {
-        const APPLY: &str = "
-            INSERT INTO totals (customer, amount)
-            SELECT customer, sum(amount)
-            FROM unnest($1::bigint[], $2::bigint[]) AS events (customer, amount)
-            GROUP BY customer
-            ON CONFLICT (customer) DO UPDATE SET amount = totals.amount + EXCLUDED.amount";
         let projection = "totals";
         self.offset += 1;
         let mut tx = self.client.transaction().expect("a transaction");
-        let events: [(&(dyn checkpoint_store::postgres::types::ToSql + Sync), Type); 2] =
-            [(&self.customers, Type::INT8_ARRAY), (&self.amounts, Type::INT8_ARRAY)];
-        tx.execute_typed(APPLY, &events).expect("applied");
+        apply(&mut tx, &self.customers, &self.amounts);
         match saved_by {
             SavedBy::Nobody => {}
             SavedBy::Us => {
@@ -60,5 +52,95 @@ impl Batches {
             }
         }
         tx.commit().expect("committed");
+    }
+}
+
+/// What a batch does to the read model, in one unnamed statement.
+fn apply(tx: &mut Transaction<'_>, customers: &[i64], amounts: &[i64]) {
+    const APPLY: &str = "
+        INSERT INTO totals (customer, amount)
+        SELECT customer, sum(amount)
+        FROM unnest($1::bigint[], $2::bigint[]) AS events (customer, amount)
+        GROUP BY customer
+        ON CONFLICT (customer) DO UPDATE SET amount = totals.amount + EXCLUDED.amount";
+    tx.execute_typed(APPLY, &[(&customers, Type::INT8_ARRAY), (&amounts, Type::INT8_ARRAY)])
+        .expect("applied");
+}
+
+/// Batches that are processed exactly once: lock, apply, save, commit.
+pub(crate) struct Projected {
+    batches: Batches,
+    prepared: PostgresCheckpointStore,
+    by_hand: Option<(Statement, Statement)>,
+    projection: &'static str,
+}
+
+const LOCK: &str = include_str!("../../sql/lock.sql");
+
+impl Projected {
+    /// `projection` is one of its own, for a row of its own.
+    pub(crate) fn new(server: &Server, events: i64, projection: &'static str) -> Self {
+        let batches = Batches::new(server, events);
+        batches.store.save(projection, 0).expect("a checkpoint");
+        let prepared = PostgresCheckpointStore::builder()
+            .prepared_statements(true)
+            .connect(&server.params())
+            .expect("a store");
+        Self { batches, prepared, by_hand: None, projection }
+    }
+
+    pub(crate) fn project(&self) {
+        self.project_by(&self.batches.store);
+    }
+
+    pub(crate) fn project_prepared(&self) {
+        self.project_by(&self.prepared);
+    }
+
+    fn project_by(&self, store: &PostgresCheckpointStore) {
+        let Batches { customers, amounts, .. } = &self.batches;
+        let batch = store.project(self.projection, |tx, offset| {
+            apply(tx, customers, amounts);
+            Ok(Some(offset + 1))
+        });
+        assert!(batch.expect("projected").is_some());
+    }
+
+    pub(crate) fn in_transaction(&mut self) {
+        let Batches { client, store, customers, amounts, .. } = &mut self.batches;
+        let mut tx = client.transaction().expect("a transaction");
+        let offset = store.in_transaction(&mut tx).lock(self.projection).expect("locked");
+        apply(&mut tx, customers, amounts);
+        store.in_transaction(&mut tx).save(self.projection, offset + 1).expect("saved");
+        tx.commit().expect("committed");
+    }
+
+    /// As somebody writes it who knows that an unnamed statement is one round trip.
+    pub(crate) fn by_hand(&mut self) {
+        let Batches { client, customers, amounts, .. } = &mut self.batches;
+        let mut tx = client.transaction().expect("a transaction");
+        let row = tx.query_typed_one(LOCK, &[(&self.projection, Type::TEXT)]).expect("locked");
+        let next = row.get::<_, i64>(0) + 1;
+        apply(&mut tx, customers, amounts);
+        tx.execute_typed(SAVE, &[(&self.projection, Type::TEXT), (&next, Type::INT8)])
+            .expect("saved");
+        tx.commit().expect("committed");
+    }
+
+    pub(crate) fn by_hand_prepared(&mut self) {
+        let Batches { client, customers, amounts, .. } = &mut self.batches;
+        let (lock, save) = &*self.by_hand.get_or_insert_with(|| {
+            (client.prepare(LOCK).expect("prepared"), client.prepare(SAVE).expect("prepared"))
+        });
+        let mut tx = client.transaction().expect("a transaction");
+        let next = tx.query_one(lock, &[&self.projection]).expect("locked").get::<_, i64>(0) + 1;
+        apply(&mut tx, customers, amounts);
+        tx.execute(save, &[&self.projection, &next]).expect("saved");
+        tx.commit().expect("committed");
+    }
+
+    /// The same work without a checkpoint: what is lost at a crash, or done twice.
+    pub(crate) fn without(&mut self) {
+        self.batches.process(SavedBy::Nobody);
     }
 }

@@ -1,15 +1,18 @@
+use std::sync::Arc;
 use std::time::Duration;
 
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::{Client, Config, NoTls, Socket};
 use r2d2::{ManageConnection, Pool};
 
-use super::PostgresCheckpointStore;
 use super::connect::{ConnectError, Connector, ServerName};
 use super::connections::{Connections, DEFAULT_TIMEOUT};
 use super::failure::{Cause, failure, no_connection};
+use super::group::Group;
 use super::identifier::Table;
 use super::prepared::refuse_shared_sessions;
+use super::queries::Queries;
+use super::{PostgresCheckpointStore, Shared};
 use crate::{Error, Result};
 
 /// Configures a [`PostgresCheckpointStore`]; made by [`PostgresCheckpointStore::builder`].
@@ -34,6 +37,7 @@ pub struct PostgresCheckpointStoreBuilder {
     table: String,
     updated_at_index: bool,
     prepared_statements: bool,
+    group_commit: bool,
     max_connections: u32,
     connection_timeout: Option<Duration>,
 }
@@ -48,6 +52,7 @@ impl Default for PostgresCheckpointStoreBuilder {
             table: Table::DEFAULT_TABLE.to_owned(),
             updated_at_index: false,
             prepared_statements: false,
+            group_commit: false,
             max_connections: 10,
             connection_timeout: None,
         }
@@ -146,6 +151,20 @@ impl PostgresCheckpointStoreBuilder {
     /// ```
     pub fn prepared_statements(mut self, kept: bool) -> Self {
         self.prepared_statements = kept;
+        self
+    }
+
+    /// Whether pooled `save` and `advance` that wait at the same time share one statement and one
+    /// flush of the database's log. The default is `false`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::PostgresCheckpointStore;
+    /// let builder = PostgresCheckpointStore::builder().group_commit(true);
+    /// ```
+    pub fn group_commit(mut self, wanted: bool) -> Self {
+        self.group_commit = wanted;
         self
     }
 
@@ -314,7 +333,7 @@ impl PostgresCheckpointStoreBuilder {
             self.connection_timeout.unwrap_or(DEFAULT_TIMEOUT),
             self.prepared_statements,
         );
-        Ok(PostgresCheckpointStore::assemble(table, connections, self.updated_at_index))
+        Ok(self.assemble(table, connections))
     }
 
     /// Uses the caller's pool, whatever it was configured with.
@@ -350,7 +369,17 @@ impl PostgresCheckpointStoreBuilder {
         let table = Table::new(&self.schema, &self.table)?;
         self.check_timeout("build")?;
         let connections = Connections::of(pool, self.connection_timeout, self.prepared_statements);
-        Ok(PostgresCheckpointStore::assemble(table, connections, self.updated_at_index))
+        Ok(self.assemble(table, connections))
+    }
+
+    fn assemble(&self, table: Table, connections: Connections) -> PostgresCheckpointStore {
+        let shared = Shared {
+            queries: Queries::new(table),
+            connections,
+            updated_at_index: self.updated_at_index,
+            group: self.group_commit.then(Group::new),
+        };
+        PostgresCheckpointStore { shared: Arc::new(shared) }
     }
 
     fn check_timeout(&self, operation: &'static str) -> Result<()> {

@@ -2,6 +2,7 @@ mod builder;
 mod connect;
 mod connections;
 mod failure;
+mod group;
 mod identifier;
 mod migrate;
 mod prepared;
@@ -23,6 +24,8 @@ pub use self::project::Batch;
 pub use self::transaction::InTransaction;
 
 use self::connections::Connections;
+use self::failure::no_connection;
+use self::group::{Group, Write};
 use self::identifier::Table;
 use self::migrate::{Migration, migrate};
 use self::queries::Queries;
@@ -97,6 +100,7 @@ struct Shared {
     queries: Queries,
     connections: Connections,
     updated_at_index: bool,
+    group: Option<Group>,
 }
 
 impl PostgresCheckpointStore {
@@ -152,12 +156,10 @@ impl PostgresCheckpointStore {
     where
         M: ManageConnection<Connection = Client>,
     {
-        Self::assemble(Table::default(), Connections::of(pool, None, false), false)
-    }
-
-    fn assemble(table: Table, connections: Connections, updated_at_index: bool) -> Self {
-        let queries = Queries::new(table);
-        Self { shared: Arc::new(Shared { queries, connections, updated_at_index }) }
+        let connections = Connections::of(pool, None, false);
+        let queries = Queries::new(Table::default());
+        let shared = Shared { queries, connections, updated_at_index: false, group: None };
+        Self { shared: Arc::new(shared) }
     }
 
     /// Makes the table, and the schema, where they are missing. Nothing else of this crate runs
@@ -188,7 +190,7 @@ impl PostgresCheckpointStore {
     /// # Ok::<(), checkpoint_store::Error>(())
     /// ```
     pub fn migrate(&self) -> Result<()> {
-        let Shared { queries: Queries { table, .. }, connections, updated_at_index } =
+        let Shared { queries: Queries { table, .. }, connections, updated_at_index, .. } =
             &*self.shared;
         let migration =
             connections.run_until_answered("migrate", format_args!("table {table}"), |client| {
@@ -269,6 +271,28 @@ impl PostgresCheckpointStore {
         self.shared.connections.state()
     }
 
+    /// Writes alone, or with group commit perhaps together with others.
+    fn write(
+        &self,
+        operation: &'static str,
+        (projection, from, to): (&str, Option<i64>, i64),
+        alone: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let Shared { queries, connections, group, .. } = &*self.shared;
+        let Some(group) = group else { return alone() };
+        group.write(
+            Write { projection: projection.to_owned(), from, to },
+            |writes| {
+                let subject = queries.about_so_many(writes.len());
+                connections.run_unless_lost("group commit", subject, |client| {
+                    queries.write_together(client, writes)
+                })
+            },
+            alone,
+            |cause| no_connection(operation, queries.about(projection), InGroup(cause)),
+        )
+    }
+
     fn read(&self, operation: &'static str, projection: &str) -> Result<Option<Checkpoint>> {
         validate_projection(projection)?;
         let Shared { queries, connections, .. } = &*self.shared;
@@ -277,6 +301,11 @@ impl PostgresCheckpointStore {
         })
     }
 }
+
+/// The connection was lost under a statement that several calls shared.
+#[derive(Debug, thiserror::Error)]
+#[error("in a group of calls")]
+struct InGroup(#[source] Arc<Error>);
 
 impl fmt::Debug for PostgresCheckpointStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -303,19 +332,23 @@ impl CheckpointStore for PostgresCheckpointStore {
         validate_projection(projection)?;
         validate_offset(offset)?;
         let Shared { queries, connections, .. } = &*self.shared;
-        connections.run_until_answered("save", queries.about(projection), |client| {
-            queries.save(client, projection, offset)
+        self.write("save", (projection, None, offset), || {
+            connections.run_until_answered("save", queries.about(projection), |client| {
+                queries.save(client, projection, offset)
+            })
         })
     }
 
     fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
         validate_advance(projection, from, to)?;
         let Shared { queries, connections, .. } = &*self.shared;
-        connections
-            .run_unless_lost("advance", queries.about(projection), |client| {
-                queries.advance(client, projection, from, to)
-            })?
-            .or_conflict(projection, from)
+        self.write("advance", (projection, Some(from), to), || {
+            connections
+                .run_unless_lost("advance", queries.about(projection), |client| {
+                    queries.advance(client, projection, from, to)
+                })?
+                .or_conflict(projection, from)
+        })
     }
 
     fn delete(&self, projection: &str) -> Result<bool> {

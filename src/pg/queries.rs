@@ -6,6 +6,7 @@ use postgres::Row;
 use postgres::types::{FromSql, Type};
 
 use super::failure::{Cause, Outcome};
+use super::group::{Stored, Write};
 use super::identifier::Table;
 use super::session::{Query, Session};
 use crate::{Checkpoint, Error};
@@ -24,6 +25,7 @@ pub(crate) struct Queries {
     lock: Query,
     lock_new: Query,
     try_lock: Query,
+    write_together: Query,
 }
 
 impl Queries {
@@ -49,6 +51,10 @@ impl Queries {
             lock: query(include_str!("../../sql/lock.sql"), &[Type::TEXT]),
             lock_new: query(include_str!("../../sql/lock_new.sql"), &[Type::TEXT]),
             try_lock: query(include_str!("../../sql/try_lock.sql"), &[Type::TEXT]),
+            write_together: query(
+                include_str!("../../sql/write_together.sql"),
+                &[Type::TEXT_ARRAY, Type::INT8_ARRAY, Type::INT8_ARRAY],
+            ),
             table,
         }
     }
@@ -60,7 +66,11 @@ impl Queries {
 
     /// The same for an operation on several.
     pub(crate) fn about_many(&self, checkpoints: &[(&str, i64)]) -> Subject<'_> {
-        Subject::Projections(checkpoints.len(), &self.table)
+        self.about_so_many(checkpoints.len())
+    }
+
+    pub(crate) fn about_so_many(&self, count: usize) -> Subject<'_> {
+        Subject::Projections(count, &self.table)
     }
 
     pub(crate) fn find(
@@ -124,6 +134,19 @@ impl Queries {
             }
         }
         Err(NOTHING_WRITTEN.into())
+    }
+
+    /// Stores what is free and where it is expected to be, and says whose that was.
+    pub(crate) fn write_together(
+        &self,
+        session: &mut impl Session,
+        writes: &[&Write],
+    ) -> Outcome<Stored> {
+        let names: Vec<&str> = writes.iter().map(|write| &*write.projection).collect();
+        let from: Vec<Option<i64>> = writes.iter().map(|write| write.from).collect();
+        let to: Vec<i64> = writes.iter().map(|write| write.to).collect();
+        let rows = session.query(&self.write_together, &[&names, &from, &to])?;
+        rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
     }
 
     pub(crate) fn delete(&self, session: &mut impl Session, projection: &str) -> Outcome<bool> {
@@ -224,7 +247,7 @@ impl<'a> FromSql<'a> for Timestamp {
 mod tests {
     use super::*;
 
-    fn rendered(queries: &Queries) -> [(&Query, &'static str); 10] {
+    fn rendered(queries: &Queries) -> [(&Query, &'static str); 11] {
         [
             (&queries.find, include_str!("../../sql/find.sql")),
             (&queries.all, include_str!("../../sql/all.sql")),
@@ -236,6 +259,7 @@ mod tests {
             (&queries.lock, include_str!("../../sql/lock.sql")),
             (&queries.lock_new, include_str!("../../sql/lock_new.sql")),
             (&queries.try_lock, include_str!("../../sql/try_lock.sql")),
+            (&queries.write_together, include_str!("../../sql/write_together.sql")),
         ]
     }
 

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use checkpoint_store::{
-    Checkpoint, CheckpointStore, Error, GroupedCheckpointStore, MemoryCheckpointStore,
-    PostgresCheckpointStore, Result, Watermark, conformance, validate_offset, validate_projection,
+    Checkpoint, CheckpointStore, Error, MemoryCheckpointStore, PostgresCheckpointStore, Result,
+    Watermark, conformance, validate_offset, validate_projection,
 };
 
 use crate::harness::Schema;
@@ -38,7 +38,6 @@ fn stores_are_shared_among_threads_and_errors_are_passed_on() {
     is_shared::<MemoryCheckpointStore>();
     is_shared::<PostgresCheckpointStore>();
     is_shared::<Box<dyn CheckpointStore>>();
-    is_shared::<GroupedCheckpointStore<Arc<dyn CheckpointStore>>>();
     is_shared::<Watermark>();
     is_shared::<Error>();
     is_shared::<Checkpoint>();

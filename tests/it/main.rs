@@ -10,7 +10,7 @@ mod documentation;
 mod failover;
 mod faults;
 mod foreign_rows;
-mod grouped;
+mod group_commit;
 mod harness;
 mod hostile;
 mod identifiers;

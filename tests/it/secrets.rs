@@ -3,9 +3,7 @@
 use std::fmt::Debug;
 use std::time::Duration;
 
-use checkpoint_store::{
-    Cadence, CheckpointStore, Checkpointer, Error, GroupedCheckpointStore, PostgresCheckpointStore,
-};
+use checkpoint_store::{Cadence, CheckpointStore, Checkpointer, Error, PostgresCheckpointStore};
 
 use crate::harness::{self, Options, Server, chain, sql_state};
 
@@ -89,7 +87,6 @@ fn nothing_that_can_be_printed_tells_a_secret() {
     debugged("a store that was used", &store);
     debugged("a checkpoint", &store.find("orders").unwrap());
     debugged("one of its connections", &store.connection().unwrap());
-    debugged("a grouped store", &GroupedCheckpointStore::new(store.clone()));
     debugged(
         "a checkpointer",
         &Checkpointer::resume(store.clone(), "orders", Cadence::every(1)).unwrap(),

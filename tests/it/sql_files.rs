@@ -15,6 +15,9 @@ fn parameters(file: &str) -> (&'static str, &'static str) {
         "save.sql" => ("(text, bigint)", "('it''s', 42)"),
         "advance.sql" | "advance_or_find.sql" => ("(text, bigint, bigint)", "('it''s', 0, 42)"),
         "save_many.sql" => ("(text[], bigint[])", "('{a, b}', '{1, 2}')"),
+        "write_together.sql" => {
+            ("(text[], bigint[], bigint[])", "('{a, b}', '{1, null}', '{2, 2}')")
+        }
         "inspect_table.sql" => ("(text)", "('public.projection_checkpoints')"),
         _ => ("", ""),
     }
@@ -42,5 +45,5 @@ fn every_file_runs_as_it_stands_in_psql() {
         assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
         tried += 1;
     }
-    assert_eq!(tried, 14);
+    assert_eq!(tried, 15);
 }

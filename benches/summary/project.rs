@@ -1,0 +1,97 @@
+use checkpoint_store::CheckpointStore;
+use checkpoint_store::postgres::types::Type;
+
+use crate::paired::{Candidate, side_by_side};
+use crate::report::Target::{self, AtMost};
+use crate::report::print_time;
+use crate::rounds;
+use crate::support::{Projected, Server, client, store};
+
+const PROJECT: &str = "project";
+const PREPARED: &str = "project, prepared";
+const IN_TRANSACTION: &str = "in_transaction";
+const BY_HAND: &str = "by hand";
+const BY_HAND_PREPARED: &str = "by hand, prepared";
+const WITHOUT: &str = "without";
+
+/// One batch exactly once, in all the ways that there are.
+pub(crate) fn print(durability: &str, server: &Server, events: i64) {
+    let candidate = |name: &'static str, process: fn(&mut Projected)| {
+        let mut projected = Projected::new(server, events, name);
+        Candidate::new(name, 10, move || process(&mut projected))
+    };
+    let measured = side_by_side(
+        rounds(300),
+        vec![
+            candidate(PROJECT, |projected| projected.project()),
+            candidate(PREPARED, |projected| projected.project_prepared()),
+            candidate(IN_TRANSACTION, Projected::in_transaction),
+            candidate(BY_HAND, Projected::by_hand),
+            candidate(BY_HAND_PREPARED, Projected::by_hand_prepared),
+            candidate(WITHOUT, Projected::without),
+        ],
+    );
+    let row = |what: &str, target, pair| {
+        let events = if events == 1 { "1 event".to_owned() } else { format!("{events} events") };
+        print_time(&format!("{what}, {events}, {durability}"), target, &measured, pair);
+    };
+    let durable = durability == "durable";
+    if events == 1 {
+        row("`project` / by hand", AtMost(1.05), (PROJECT, BY_HAND));
+        let gain = AtMost(if durable { 0.75 } else { 0.6 });
+        row("`project` prepared / by hand", gain, (PREPARED, BY_HAND));
+        row("`project` prepared / by hand prepared", AtMost(1.05), (PREPARED, BY_HAND_PREPARED));
+        row("`in_transaction` lock, save / by hand", AtMost(1.05), (IN_TRANSACTION, BY_HAND));
+    } else {
+        let cost = if durable { AtMost(1.12) } else { Target::None };
+        row("`project` prepared / no checkpoint", cost, (PREPARED, WITHOUT));
+        row("`project` / no checkpoint", Target::None, (PROJECT, WITHOUT));
+    }
+}
+
+/// The plain statements, against the same without this crate.
+pub(crate) fn print_statements(durability: &str, server: &Server) {
+    let store = store(server);
+    let mut advanced = 0;
+    store.save("advanced", 0).expect("a checkpoint");
+    let advance = || {
+        store.advance("advanced", advanced, advanced + 1).expect("advanced");
+        advanced += 1;
+    };
+    let mut moved_to = 0_i64;
+    store.save("moved", 0).expect("a checkpoint");
+    let mut mover = client(&server.params());
+    let compare_and_set = || {
+        let next = moved_to + 1;
+        let rows = mover
+            .execute_typed(
+                include_str!("../../sql/advance.sql"),
+                &[(&"moved", Type::TEXT), (&moved_to, Type::INT8), (&next, Type::INT8)],
+            )
+            .expect("moved");
+        assert_eq!(rows, 1);
+        moved_to = next;
+    };
+    let get = || assert!(store.get("advanced").expect("read") >= 0);
+    let mut reader = client(&server.params());
+    let select = || {
+        let row = reader
+            .query_typed_one(include_str!("../../sql/find.sql"), &[(&"advanced", Type::TEXT)])
+            .expect("read");
+        assert!(row.get::<_, i64>(1) >= 0);
+    };
+    let measured = side_by_side(
+        rounds(300),
+        vec![
+            Candidate::new("advance", 20, advance),
+            Candidate::new("compare and set", 20, compare_and_set),
+            Candidate::new("get", 20, get),
+            Candidate::new("select", 20, select),
+        ],
+    );
+    let row = |what: &str, pair| {
+        print_time(&format!("{what}, {durability}"), AtMost(1.05), &measured, pair);
+    };
+    row("`advance` / a bare compare-and-set UPDATE", ("advance", "compare and set"));
+    row("`get` / a bare SELECT", ("get", "select"));
+}
