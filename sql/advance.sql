@@ -1,3 +1,3 @@
 UPDATE public.projection_checkpoints
-SET "offset" = $3, updated_at = clock_timestamp()
+SET "offset" = $3, updated_at = pg_catalog.clock_timestamp()
 WHERE projection_name = $1 AND "offset" = $2;

@@ -1,3 +1,2 @@
-SELECT projection_name, "offset", updated_at
-FROM public.projection_checkpoints
-ORDER BY projection_name COLLATE "C";
+SELECT projection_name, "offset", updated_at, pg_catalog.row_security_active(tableoid) AS may_hide
+FROM public.projection_checkpoints;

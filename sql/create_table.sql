@@ -1,5 +1,5 @@
 CREATE TABLE IF NOT EXISTS public.projection_checkpoints (
-    projection_name text PRIMARY KEY,
-    "offset" bigint NOT NULL,
-    updated_at timestamptz NOT NULL DEFAULT now()
+    projection_name pg_catalog.text COLLATE pg_catalog."C" PRIMARY KEY,
+    "offset" pg_catalog.int8 NOT NULL,
+    updated_at pg_catalog.timestamptz NOT NULL DEFAULT pg_catalog.now()
 ) WITH (fillfactor = 25);

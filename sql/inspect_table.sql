@@ -1,27 +1,34 @@
-SELECT class.relkind::text AS kind,
-       EXISTS (SELECT FROM pg_inherits WHERE pg_inherits.inhparent = class.oid) AS has_heirs,
-       attribute.attname::text AS column_name,
-       format_type(attribute.atttypid, attribute.atttypmod) AS type_name,
+SELECT class.relkind::pg_catalog.text AS kind,
+       class.relpersistence::pg_catalog.text AS persistence,
+       pg_catalog.row_security_active(class.oid) AS may_hide,
+       EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE pg_inherits.inhparent = class.oid) AS has_heirs,
+       attribute.attname::pg_catalog.text AS column_name,
+       attribute.atttypid = CASE attribute.attname
+           WHEN 'projection_name' THEN 'pg_catalog.text'::pg_catalog.regtype
+           WHEN 'offset' THEN 'pg_catalog.int8'::pg_catalog.regtype
+           WHEN 'updated_at' THEN 'pg_catalog.timestamptz'::pg_catalog.regtype
+       END AS has_expected_type,
+       pg_catalog.format_type(attribute.atttypid, attribute.atttypmod) AS type_name,
        attribute.attnotnull AS not_null,
        ARRAY(
            SELECT needed
-           FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS needed
-           WHERE NOT has_column_privilege(class.oid, attribute.attnum, needed)
+           FROM pg_catalog.unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS needed
+           WHERE NOT pg_catalog.has_column_privilege(class.oid, attribute.attnum, needed)
            UNION ALL
            SELECT 'DELETE'
-           WHERE NOT has_table_privilege(class.oid, 'DELETE')
+           WHERE NOT pg_catalog.has_table_privilege(class.oid, 'DELETE')
        ) AS missing_rights,
        attribute.attgenerated <> '' OR attribute.attidentity = 'a' AS is_generated,
        NOT EXISTS (
            SELECT
-           FROM pg_collation
+           FROM pg_catalog.pg_collation
            WHERE pg_collation.oid = attribute.attcollation
              AND NOT pg_collation.collisdeterministic
        ) AS is_compared_by_bytes,
        attribute.atthasdef OR attribute.attidentity <> '' AS filled_by_default,
        EXISTS (
            SELECT
-           FROM pg_index
+           FROM pg_catalog.pg_index
            WHERE pg_index.indrelid = class.oid
              AND pg_index.indisprimary
              AND pg_index.indimmediate
@@ -30,13 +37,13 @@ SELECT class.relkind::text AS kind,
        ) AS is_primary_key,
        EXISTS (
            SELECT
-           FROM pg_index
+           FROM pg_catalog.pg_index
            WHERE pg_index.indrelid = class.oid
              AND pg_index.indisvalid
              AND pg_index.indkey[0] = attribute.attnum
        ) AS is_indexed
-FROM pg_class AS class
-JOIN pg_attribute AS attribute
+FROM pg_catalog.pg_class AS class
+JOIN pg_catalog.pg_attribute AS attribute
   ON attribute.attrelid = class.oid AND attribute.attnum > 0 AND NOT attribute.attisdropped
-WHERE class.oid = to_regclass($1)
+WHERE class.oid = pg_catalog.to_regclass($1)
 ORDER BY attribute.attnum;

@@ -5,9 +5,12 @@ use crate::{Error, Result};
 /// PostgreSQL cuts longer identifiers short, with no more than a notice.
 const MAX_IDENTIFIER_BYTES: usize = 63;
 
-/// A checked, quoted identifier.
+/// A checked identifier, and how it is written in SQL.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Identifier(String);
+pub(crate) struct Identifier {
+    name: String,
+    quoted: String,
+}
 
 impl Identifier {
     pub(crate) fn new(identifier: &str) -> Result<Self> {
@@ -24,13 +27,14 @@ impl Identifier {
     }
 
     fn quoted(identifier: &str) -> Self {
-        Self(format!("\"{}\"", identifier.replace('"', "\"\"")))
+        let quoted = format!("\"{}\"", identifier.replace('"', "\"\""));
+        Self { name: identifier.to_owned(), quoted }
     }
 }
 
 impl fmt::Display for Identifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.quoted)
     }
 }
 
@@ -58,6 +62,11 @@ impl Table {
     /// For the one statement that names the schema alone.
     pub(crate) fn render_schema(&self, sql: &str) -> String {
         sql.replace(Self::DEFAULT_SCHEMA, &self.schema.to_string())
+    }
+
+    /// The schema's and the table's own name, for where a name is a value.
+    pub(crate) fn names(&self) -> [&str; 2] {
+        [&self.schema.name, &self.table.name]
     }
 
     pub(crate) fn schema(&self) -> &Identifier {

@@ -36,11 +36,19 @@ pub(crate) fn migrate(
     // Whatever the default is here: what is seen under the lock must be newer than the wait for it.
     let read_committed = client.build_transaction().isolation_level(IsolationLevel::ReadCommitted);
     let mut tx = read_committed.start()?;
-    tx.execute_typed("SELECT pg_advisory_xact_lock($1)", &[(&MIGRATION_LOCK, Type::INT8)])?;
+    tx.execute_typed(
+        "SELECT pg_catalog.pg_advisory_xact_lock($1)",
+        &[(&MIGRATION_LOCK, Type::INT8)],
+    )?;
     if inspect(&mut tx, table)?.is_none() {
+        if let Some(namesake) = find_namesake(&mut tx, table)? {
+            return Ok(Migration::Incompatible(format!(
+                "{namesake} is there, whose name differs in case only: use that one"
+            )));
+        }
         let schema: Option<String> = tx
             .query_typed_one(
-                "SELECT to_regnamespace($1)::text",
+                "SELECT pg_catalog.to_regnamespace($1)::pg_catalog.text",
                 &[(&table.schema().to_string(), Type::TEXT)],
             )?
             .try_get(0)?;
@@ -61,11 +69,24 @@ pub(crate) fn migrate(
     Ok(Migration::Ready)
 }
 
+/// Another table whose name the server would have folded from this one, or the other way round.
+fn find_namesake(client: &mut impl GenericClient, table: &Table) -> Outcome<Option<String>> {
+    let [schema, name] = table.names();
+    let rows = client.query_typed(
+        include_str!("../../sql/find_namesake.sql"),
+        &[(&schema, Type::TEXT), (&name, Type::TEXT)],
+    )?;
+    Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
+}
+
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact about the column")]
 struct Column {
     kind: String,
+    persistence: String,
+    may_hide: bool,
     has_heirs: bool,
     name: String,
+    has_expected_type: Option<bool>,
     type_name: String,
     not_null: bool,
     missing_rights: Vec<String>,
@@ -87,8 +108,11 @@ fn inspect(client: &mut impl GenericClient, table: &Table) -> Outcome<Option<Vec
         .map(|row| {
             Ok(Column {
                 kind: row.try_get("kind")?,
+                persistence: row.try_get("persistence")?,
+                may_hide: row.try_get("may_hide")?,
                 has_heirs: row.try_get("has_heirs")?,
                 name: row.try_get("column_name")?,
+                has_expected_type: row.try_get("has_expected_type")?,
                 type_name: row.try_get("type_name")?,
                 not_null: row.try_get("not_null")?,
                 missing_rights: row.try_get("missing_rights")?,
@@ -115,11 +139,21 @@ fn misfit(columns: &[Column]) -> Option<String> {
     if columns.iter().any(|column| column.kind == "r" && column.has_heirs) {
         return Some("other tables inherit from it, and their rows would count".to_owned());
     }
+    if columns.iter().any(|column| column.persistence != "p") {
+        return Some("it is unlogged or temporary, and forgets what was saved".to_owned());
+    }
+    if columns.iter().any(|column| column.may_hide) {
+        return Some(
+            "row-level security may hide its rows from the role that is logged in: use its owner, \
+             or a role with BYPASSRLS"
+                .to_owned(),
+        );
+    }
     for (name, type_name) in COLUMNS {
         let Some(column) = columns.iter().find(|column| column.name == name) else {
             return Some(format!("it has no column {name:?}"));
         };
-        if column.type_name != type_name {
+        if column.has_expected_type != Some(true) {
             return Some(format!(
                 "its column {name:?} is of type {}, not {type_name}",
                 column.type_name
