@@ -7,6 +7,7 @@ mod connect;
 mod contract;
 mod dashboard;
 mod documentation;
+mod environment;
 mod failover;
 mod faults;
 mod foreign_rows;
