@@ -78,7 +78,7 @@ fn kill_backend_and_wait(server: &Server, pid: i32) {
 }
 
 /// This very program, told to run one of its tests in a process of its own.
-fn this_program(test: &str) -> Command {
+pub(crate) fn this_program(test: &str) -> Command {
     let mut program = Command::new(std::env::current_exe().expect("this program"));
     program
         .args(["--exact", test, "--nocapture", "--test-threads=1"])

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use checkpoint_store::postgres::{Client, GenericClient};
+use checkpoint_store::postgres::{Client, GenericClient, Transaction};
 use checkpoint_store::{
     Cadence, CheckpointStore, Checkpointer, Error, PostgresCheckpointStore, Watermark,
 };
@@ -24,7 +24,7 @@ const WORKER: &str = "faults::worker_crash::a_worker_gets_to_the_head_of_the_str
 const KILLS: usize = 100;
 /// Of the rounds, one in so many has the server crash under the worker first.
 const SERVER_CRASH_EVERY: usize = 10;
-const EXACTLY_ONCE: [&str; 2] = ["locks", "advances"];
+const EXACTLY_ONCE: [&str; 3] = ["locks", "advances", "projects"];
 const AT_LEAST_ONCE: [&str; 2] = ["checkpointer", "watermark"];
 /// How many events a projection that saves now and then applies between two saves.
 const EVERY: u64 = 5;
@@ -82,6 +82,26 @@ fn work_with_lock(store: &PostgresCheckpointStore) -> Outcome {
             return Ok(());
         }
     }
+}
+
+/// The same with `project`, by two threads that are each other's rivals. No error is a reason to begin
+/// anew here: there is none.
+fn work_with_project(store: &PostgresCheckpointStore) -> Outcome {
+    let project = || -> Outcome {
+        let apply = |tx: &mut Transaction<'_>, from: i64| {
+            let to = head(tx)?.min(from + 1 + from % 4);
+            let sql = "INSERT INTO projects SELECT generate_series($1::bigint + 1, $2)";
+            tx.execute(sql, &[&from, &to])?;
+            Ok((to > from).then_some(to))
+        };
+        while store.project("projects", apply)?.is_some() {}
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let rival = scope.spawn(project);
+        project()?;
+        rival.join().expect("no panic")
+    })
 }
 
 /// The same with `get` and `advance`.
@@ -152,7 +172,7 @@ fn work_with_watermark(store: &PostgresCheckpointStore) -> Outcome {
     Ok(())
 }
 
-/// Works on all four projections at once until each has come to the head.
+/// Works on all five projections at once until each has come to the head.
 fn work(params: &str) {
     let store = loop {
         match PostgresCheckpointStore::connect(params) {
@@ -166,6 +186,7 @@ fn work(params: &str) {
             let store = &store;
             scope.spawn(move || insist(|| work(store)));
         }
+        scope.spawn(|| work_with_project(&store).expect("the caller sees no error"));
     });
 }
 
@@ -316,6 +337,7 @@ fn each_event_counts_once_however_often_the_worker_is_killed() {
         let row = Row {
             fault: match *projection {
                 "locks" => "worker killed with kill -9, server crashed 10 times: `lock`, `save`",
+                "projects" => "the same: `project`, two threads",
                 "advances" => "the same: `get`, `advance` in the transaction",
                 "checkpointer" => "the same: `Checkpointer` every 5 (applied twice: allowed)",
                 _ => "the same: `Watermark`, 3 threads, every 5 (applied twice: allowed)",

@@ -1,6 +1,7 @@
 //! Throwaway PostgreSQL servers, started from the installed binaries.
 
 mod example;
+mod gate;
 mod guard;
 mod network;
 mod pgbouncer;
@@ -17,6 +18,7 @@ use checkpoint_store::r2d2::Pool;
 use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
 
 pub(crate) use example::{example, stderr, stdout};
+pub(crate) use gate::Gate;
 pub(crate) use guard::{Guard, kill_process, signal, signal_pid};
 pub(crate) use network::Network;
 pub(crate) use pgbouncer::PgBouncer;

@@ -11,7 +11,15 @@ use std::thread;
 pub(crate) struct Proxy {
     port: u16,
     requests: Arc<AtomicUsize>,
-    cut: Arc<Mutex<Option<(&'static str, Cut)>>>,
+    cut: Arc<Mutex<Option<(Request, Cut)>>>,
+}
+
+/// Which request a connection is cut off at.
+#[derive(Debug, Clone, Copy)]
+enum Request {
+    With(&'static str),
+    /// So many requests after the one that begins a transaction.
+    SinceBegin(usize),
 }
 
 /// Where a connection is cut off.
@@ -43,11 +51,17 @@ impl Proxy {
 
                 let (spoke, counter) = (Arc::clone(&server_spoke_last), Arc::clone(&counter));
                 let (mute, armed) = (Arc::clone(&muted), Arc::clone(&armed));
+                let since_begin = AtomicUsize::new(usize::MAX / 2);
                 pump(&client, &server, move |request| {
                     if spoke.swap(false, Ordering::SeqCst) {
                         counter.fetch_add(1, Ordering::SeqCst);
+                        since_begin.fetch_add(1, Ordering::SeqCst);
                     }
-                    let here = take_if_matched(&armed, request);
+                    if has(request, "START TRANSACTION") {
+                        since_begin.store(0, Ordering::SeqCst);
+                    }
+                    let step = since_begin.load(Ordering::SeqCst);
+                    let here = take_if_matched(&armed, request, step);
                     mute.fetch_or(here == Some(Cut::BeforeTheAnswer), Ordering::SeqCst);
                     match here {
                         Some(Cut::BeforeTheRequest) => Pass::Cut,
@@ -64,6 +78,10 @@ impl Proxy {
         Self { port, requests, cut }
     }
 
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
     pub(crate) fn params(&self) -> String {
         format!("host=127.0.0.1 port={} user=postgres", self.port)
     }
@@ -77,15 +95,40 @@ impl Proxy {
 
     /// Cuts off the connection on which the next request with this text in it comes; once.
     pub(crate) fn cut(&self, text: &'static str, place: Cut) {
-        *self.cut.lock().unwrap_or_else(PoisonError::into_inner) = Some((text, place));
+        self.arm(Some((Request::With(text), place)));
+    }
+
+    /// Cuts off the next connection that gets to this step of a transaction, its begin being step 0; once.
+    pub(crate) fn cut_at_step(&self, step: usize, place: Cut) {
+        self.arm(Some((Request::SinceBegin(step), place)));
+    }
+
+    /// Whether nothing has been cut off yet; then nothing will be.
+    pub(crate) fn disarm(&self) -> bool {
+        self.arm(None)
+    }
+
+    fn arm(&self, cut: Option<(Request, Cut)>) -> bool {
+        let mut armed = self.cut.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *armed, cut).is_some()
     }
 }
 
-fn take_if_matched(armed: &Mutex<Option<(&'static str, Cut)>>, request: &[u8]) -> Option<Cut> {
+fn take_if_matched(
+    armed: &Mutex<Option<(Request, Cut)>>,
+    request: &[u8],
+    step: usize,
+) -> Option<Cut> {
     let mut armed = armed.lock().unwrap_or_else(PoisonError::into_inner);
-    let (_, place) = armed
-        .take_if(|(text, _)| request.windows(text.len()).any(|piece| piece == text.as_bytes()))?;
+    let (_, place) = armed.take_if(|(wanted, _)| match wanted {
+        Request::With(text) => has(request, text),
+        Request::SinceBegin(wanted) => step == *wanted,
+    })?;
     Some(place)
+}
+
+fn has(request: &[u8], text: &str) -> bool {
+    request.windows(text.len()).any(|piece| piece == text.as_bytes())
 }
 
 enum Pass {

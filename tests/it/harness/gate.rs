@@ -1,0 +1,157 @@
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+/// Takes connections like a proxy, and does with each new one what it is told at the moment: leads it
+/// to a server, or accepts it and never says a word.
+pub(crate) struct Gate {
+    port: u16,
+    server: Arc<AtomicU16>,
+    accepted: Arc<AtomicUsize>,
+    unanswered: Arc<AtomicUsize>,
+    forged: Arc<Mutex<Option<Forgery>>>,
+}
+
+/// An answer that the client gets instead of the server's to the next request with this text in it.
+struct Forgery {
+    text: &'static str,
+    severity: &'static str,
+    code: &'static str,
+}
+
+const MUTE: u16 = 0;
+
+impl Gate {
+    pub(crate) fn to(server_port: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let gate = Self {
+            port: listener.local_addr().expect("a bound address").port(),
+            server: Arc::new(AtomicU16::new(server_port)),
+            accepted: Arc::default(),
+            unanswered: Arc::default(),
+            forged: Arc::default(),
+        };
+        let (server, accepted) = (Arc::clone(&gate.server), Arc::clone(&gate.accepted));
+        let (unanswered, forged) = (Arc::clone(&gate.unanswered), Arc::clone(&gate.forged));
+        thread::spawn(move || {
+            for client in listener.incoming() {
+                let client = client.expect("a client");
+                accepted.fetch_add(1, Ordering::SeqCst);
+                match server.load(Ordering::SeqCst) {
+                    MUTE => {
+                        let unanswered = Arc::clone(&unanswered);
+                        unanswered.fetch_add(1, Ordering::SeqCst);
+                        thread::spawn(move || {
+                            swallow(client);
+                            unanswered.fetch_sub(1, Ordering::SeqCst);
+                        });
+                    }
+                    port => {
+                        let server = TcpStream::connect(("127.0.0.1", port)).expect("the server");
+                        lead(&client, &server, Arc::clone(&forged));
+                    }
+                }
+            }
+        });
+        gate
+    }
+
+    pub(crate) fn mute() -> Self {
+        Self::to(MUTE)
+    }
+
+    /// New connections are led there from now on; those that are there stay where they are.
+    pub(crate) fn lead_to(&self, server_port: u16) {
+        self.server.store(server_port, Ordering::SeqCst);
+    }
+
+    pub(crate) fn fall_silent(&self) {
+        self.lead_to(MUTE);
+    }
+
+    /// Has the client told instead of the next answer that it has lost its session; once. The server
+    /// does what it was asked.
+    pub(crate) fn forge(&self, text: &'static str, severity: &'static str, code: &'static str) {
+        *self.forged.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(Forgery { text, severity, code });
+    }
+
+    pub(crate) fn params(&self) -> String {
+        format!("host=127.0.0.1 port={} user=postgres", self.port)
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub(crate) fn accepted(&self) -> usize {
+        self.accepted.load(Ordering::SeqCst)
+    }
+
+    /// How many clients have got no answer and have not hung up.
+    pub(crate) fn unanswered(&self) -> usize {
+        self.unanswered.load(Ordering::SeqCst)
+    }
+}
+
+fn swallow(mut client: TcpStream) {
+    let mut buffer = [0; 1_024];
+    while let Ok(1..) = client.read(&mut buffer) {}
+}
+
+fn lead(client: &TcpStream, server: &TcpStream, forged: Arc<Mutex<Option<Forgery>>>) {
+    let (from_client, to_server) = (copy_of(client), copy_of(server));
+    let (from_server, to_client) = (copy_of(server), copy_of(client));
+    let due: Arc<Mutex<Option<Forgery>>> = Arc::default();
+    let armed = Arc::clone(&due);
+    thread::spawn(move || {
+        pump(from_client, to_server, |request| {
+            let mut forged = forged.lock().unwrap_or_else(PoisonError::into_inner);
+            let is_meant = |forgery: &mut Forgery| {
+                request.windows(forgery.text.len()).any(|piece| piece == forgery.text.as_bytes())
+            };
+            if let Some(forgery) = forged.take_if(is_meant) {
+                *armed.lock().unwrap_or_else(PoisonError::into_inner) = Some(forgery);
+            }
+            None
+        });
+    });
+    thread::spawn(move || {
+        pump(from_server, to_client, |_answer| {
+            let forgery = due.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+            Some(error_response(forgery.severity, forgery.code))
+        });
+    });
+}
+
+fn copy_of(stream: &TcpStream) -> TcpStream {
+    stream.set_nodelay(true).expect("an open socket");
+    stream.try_clone().expect("an open socket")
+}
+
+/// Passes on what comes, until something else is to be said: then that, and nothing after it.
+fn pump(mut from: TcpStream, mut to: TcpStream, instead: impl Fn(&[u8]) -> Option<Vec<u8>>) {
+    let mut buffer = vec![0; 1 << 16];
+    while let Ok(read @ 1..) = from.read(&mut buffer) {
+        let said = instead(&buffer[..read]);
+        if to.write_all(said.as_deref().unwrap_or(&buffer[..read])).is_err() {
+            break;
+        }
+        if said.is_some() {
+            return; // and leaves it to the client to hang up
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+/// PostgreSQL's message of that name.
+fn error_response(severity: &str, code: &str) -> Vec<u8> {
+    let fields = [('S', severity), ('V', severity), ('C', code), ('M', "forged by a test")];
+    let mut body: Vec<u8> =
+        fields.iter().flat_map(|(field, text)| format!("{field}{text}\0").into_bytes()).collect();
+    body.push(0);
+    let length = u32::try_from(body.len() + 4).expect("short").to_be_bytes();
+    [b"E".as_slice(), &length, &body].concat()
+}
