@@ -28,6 +28,9 @@ pub struct Cadence {
 impl Cadence {
     /// Saves when this many events have been processed since the last save; 1 is after each.
     ///
+    /// Each call of [`processed`](Checkpointer::processed) that moves the offset counts as one. Behind a
+    /// [`Watermark`](crate::Watermark), which may jump over several events at once, it counts jumps.
+    ///
     /// # Panics
     ///
     /// When `events` is 0.
@@ -105,13 +108,15 @@ impl Cadence {
 /// Saves a projection's checkpoint at a [`Cadence`], for a loop that processes events one by one.
 ///
 /// It gives at-least-once processing: after a crash the events since the last save are processed
-/// again, no more of them than the cadence allows, and none is left out. For exactly once save
-/// inside the transaction that applies the events.
+/// again, and none is left out. While the store works they are no more than the cadence allows; while
+/// it is down the loop may go on, and [`pending`](Checkpointer::pending) says how many they have become.
+/// For exactly once save inside the transaction that applies the events.
 ///
 /// It saves with [`advance`](CheckpointStore::advance), so a second runner of the same projection
 /// is detected: one of the two, the older one perhaps, gets a [`Conflict`](Error::Conflict) at its
-/// next save, and at each one after. Stop that one. A runner whose projection is
-/// [reset](crate#resetting-a-projection) under it may not notice: stop it first.
+/// next save, and stays out: from then on every save is that `Conflict`, without asking the store.
+/// Stop that one. A runner whose projection is [reset](crate#resetting-a-projection) under it may not
+/// notice: stop it first.
 ///
 /// A save that fails is due again at once, with the next [`processed`](Checkpointer::processed),
 /// [`save_if_due`](Checkpointer::save_if_due) or [`flush`](Checkpointer::flush). When it failed as
@@ -144,10 +149,16 @@ pub struct Checkpointer<S> {
     store: S,
     projection: String,
     progress: Progress,
-    /// Where saves were to go whose outcome is unknown.
+    /// Where saves were to go whose outcome is unknown, in ascending order.
     in_doubt: Vec<i64>,
-    /// Whether a rival has been found out: what is stored from then on is the rival's.
-    rival: bool,
+    /// The conflict by which a rival was found out: what is stored from then on is the rival's.
+    conflict: Option<Conflict>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Conflict {
+    expected: i64,
+    found: i64,
 }
 
 impl<S: CheckpointStore> Checkpointer<S> {
@@ -175,7 +186,23 @@ impl<S: CheckpointStore> Checkpointer<S> {
         let offset = store.get(&projection)?;
         validate_offset(offset)?;
         let progress = Progress::at(offset, cadence);
-        Ok(Self { store, projection, progress, in_doubt: Vec::new(), rival: false })
+        Ok(Self { store, projection, progress, in_doubt: Vec::new(), conflict: None })
+    }
+
+    /// The projection that it was resumed for.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::{Cadence, Checkpointer, MemoryCheckpointStore};
+    /// let store = MemoryCheckpointStore::new();
+    /// let checkpointer = Checkpointer::resume(store, "orders", Cadence::every(100))?;
+    /// println!("{} goes on after {}", checkpointer.projection(), checkpointer.offset());
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    #[must_use]
+    pub fn projection(&self) -> &str {
+        &self.projection
     }
 
     /// The offset of the last event processed, saved or not: read on from the one after it.
@@ -216,7 +243,8 @@ impl<S: CheckpointStore> Checkpointer<S> {
 
     /// How many events were processed since the last save: as many are read again after a crash.
     ///
-    /// It counts calls of [`processed`](Checkpointer::processed) that moved the offset.
+    /// It counts calls of [`processed`](Checkpointer::processed) that moved the offset. While the store
+    /// is down it grows beyond what the cadence allows.
     ///
     /// # Examples
     ///
@@ -321,39 +349,71 @@ impl<S: CheckpointStore> Checkpointer<S> {
         Ok(true)
     }
 
+    /// Saves the checkpoint once more, even if nothing is pending: for a loop that has been idle for a
+    /// while. It renews the time of the save, so that a stream that was quiet does not look
+    /// [stalled](crate::HealthCheck::stalled_after) at its next event, and a projection that has never
+    /// saved gets a checkpoint that can.
+    ///
+    /// # Errors
+    ///
+    /// As [`CheckpointStore::advance`]; what is pending stays due.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use checkpoint_store::{Cadence, CheckpointStore, Checkpointer, MemoryCheckpointStore};
+    ///
+    /// let store = MemoryCheckpointStore::new();
+    /// let mut checkpointer = Checkpointer::resume(&store, "orders", Cadence::every(100))?;
+    /// assert_eq!(store.find("orders")?, None);
+    /// checkpointer.renew()?; // after a minute without an event, say
+    /// assert_eq!(store.find("orders")?.map(|checkpoint| checkpoint.offset), Some(0));
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    pub fn renew(&mut self) -> Result<()> {
+        self.save()
+    }
+
     fn save_if_due_at(&mut self, now: Instant) -> Result<bool> {
         if self.progress.is_due(now) { self.flush() } else { Ok(false) }
     }
 
     fn save(&mut self) -> Result<()> {
+        if let Some(Conflict { expected, found }) = self.conflict {
+            return Err(Error::conflict(&self.projection, expected, found));
+        }
         let to = self.progress.offset;
         loop {
-            let outcome = self.store.advance(&self.projection, self.progress.saved, to);
-            match outcome {
-                Err(Error::Conflict { found, .. }) if self.in_doubt.contains(&found) => {
+            let error = match self.store.advance(&self.projection, self.progress.saved, to) {
+                Ok(()) => break,
+                Err(error) => error,
+            };
+            match error {
+                // What is there may be a save of our own that was not answered: go on from it.
+                Error::Conflict { found, .. } if self.in_doubt.binary_search(&found).is_ok() => {
                     self.in_doubt.clear();
                     self.progress.saved = found;
-                    if found < to {
-                        continue;
+                    if found == to {
+                        break;
                     }
+                    continue;
                 }
-                Err(error) => {
-                    self.rival |= error.is_conflict();
-                    if self.rival {
-                        self.in_doubt.clear();
-                    } else if matches!(error, Error::Unavailable { .. })
-                        && !self.in_doubt.contains(&to)
-                    {
-                        self.in_doubt.push(to);
-                    }
-                    self.progress.failed = true;
-                    return Err(error);
+                // Anybody else's: whatever is stored from now on, this runner is not to touch it.
+                Error::Conflict { expected, found, .. } => {
+                    self.conflict = Some(Conflict { expected, found });
                 }
-                Ok(()) => self.in_doubt.clear(),
+                // It may have been stored all the same, and the next save has to know it.
+                Error::Unavailable { .. } if self.in_doubt.last() != Some(&to) => {
+                    self.in_doubt.push(to);
+                }
+                _ => {}
             }
-            self.progress.all_saved();
-            return Ok(());
+            self.progress.failed = true;
+            return Err(error);
         }
+        self.in_doubt.clear();
+        self.progress.all_saved();
+        Ok(())
     }
 }
 

@@ -3,17 +3,20 @@
 use std::collections::BTreeMap;
 use std::panic;
 use std::sync::Barrier;
-use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::{Checkpoint, CheckpointStore, Error};
 
 const THREADS: usize = 8;
+/// For how long, and how often at least, rivals try to get in each other's way.
+const LEAST_TIME: Duration = Duration::from_millis(300);
+const LEAST_TRIES: usize = 50;
 
 /// Tries every promise of [`CheckpointStore`] on an empty store, from one thread and from many.
 ///
-/// It takes a second or two on a database, leaves the store empty, and needs it for itself
+/// It takes a few seconds on a database, leaves the store empty, and needs it for itself
 /// meanwhile. `store` is what the users of the store would hold; give it a second time behind an
 /// `Arc` or wrapped as your users wrap it, if they do.
 ///
@@ -47,6 +50,9 @@ pub fn verify(store: &dyn CheckpointStore) {
     no_save_of_many_threads_is_lost(store);
     of_rivals_exactly_one_advances(store);
     no_step_of_rivals_is_lost(store);
+    no_save_among_rivals_is_lost(store);
+    of_rivals_exactly_one_deletes(store);
+    wait_for_waits_until_the_offset_is_reached(store);
 
     let left = all(store);
     assert!(left.is_empty(), "conformance: a deleted checkpoint is still listed: {left:?}");
@@ -142,21 +148,22 @@ fn names_are_kept_byte_for_byte(store: &dyn CheckpointStore) {
 }
 
 fn the_time_of_a_save_moves_on(store: &dyn CheckpointStore) {
-    type Save = fn(&dyn CheckpointStore, i64) -> crate::Result<()>;
+    type Save = fn(&dyn CheckpointStore, i64, i64) -> crate::Result<()>;
     let saves: [(&str, Save); 3] = [
-        ("save", |store, offset| store.save("time", offset)),
-        ("advance", |store, offset| store.advance("time", offset - 1, offset)),
-        ("save_many", |store, offset| store.save_many(&[("time", offset)])),
+        ("save", |store, _, to| store.save("time", to)),
+        ("advance", |store, from, to| store.advance("time", from, to)),
+        ("save_many", |store, _, to| store.save_many(&[("time", to)])),
     ];
     ok(store.save("time", 0));
     let mut offset = 0;
-    for (operation, save) in saves {
+    // A save of the offset that is there is a save.
+    for ((operation, save), step) in saves.into_iter().flat_map(|save| [(save, 0), (save, 1)]) {
         let before = find(store, "time").updated_at;
         // The store's clock may tick slowly, but it ticks.
         let deadline = Instant::now() + Duration::from_secs(5);
         loop {
-            offset += 1;
-            ok(save(store, offset));
+            ok(save(store, offset, offset + step));
+            offset += step;
             let after = find(store, "time").updated_at;
             assert!(after >= before, "conformance: updated_at does not go back in {operation}");
             if after > before {
@@ -164,7 +171,8 @@ fn the_time_of_a_save_moves_on(store: &dyn CheckpointStore) {
             }
             assert!(
                 Instant::now() < deadline,
-                "conformance: updated_at is the moment of the last {operation}, and stands still"
+                "conformance: updated_at is the moment of the last {operation}, of the same offset \
+                 too, and stands still"
             );
         }
     }
@@ -293,14 +301,23 @@ fn save_many_saves_all(store: &dyn CheckpointStore) {
     assert_eq!(get(store, "twice"), 4, "conformance: of a name given twice the last one stays");
     delete_each(store, ["new", "there", "twice"]);
 
-    let many: Vec<_> = (0..300).map(|i| (format!("many {i}"), i)).collect();
+    // More than a page of any API.
+    let many: Vec<_> = (0..1_100).map(|i| (format!("many {i}"), i)).collect();
     let borrowed: Vec<_> = many.iter().map(|(name, offset)| (name.as_str(), *offset)).collect();
     ok(store.save_many(&borrowed));
+    in_threads(|thread| {
+        for (name, offset) in many.iter().skip(thread).step_by(THREADS) {
+            assert_eq!(get(store, name), *offset, "conformance: save_many saves every one of many");
+        }
+    });
     let expected: BTreeMap<_, _> = many.iter().cloned().collect();
     let stored: BTreeMap<_, _> =
         all(store).into_iter().map(|found| (found.projection, found.offset)).collect();
-    assert_eq!(stored, expected, "conformance: save_many saves every one of many");
-    delete_each(store, expected.into_keys());
+    assert_eq!(stored.len(), expected.len(), "conformance: all lists every one of many");
+    assert_eq!(stored, expected, "conformance: all lists what was saved");
+    in_threads(|thread| {
+        delete_each(store, borrowed.iter().skip(thread).step_by(THREADS).map(|it| it.0));
+    });
 }
 
 /// Runs the same work in many threads that start together, and panics as the first of them does.
@@ -372,8 +389,6 @@ fn of_rivals_exactly_one_advances(store: &dyn CheckpointStore) {
 
 /// A step that looks first and writes later, without holding on, is overtaken sooner or later.
 fn no_step_of_rivals_is_lost(store: &dyn CheckpointStore) {
-    const LEAST_TRIES: usize = 50;
-    const LEAST_TIME: Duration = Duration::from_millis(300);
     let steps = AtomicI64::new(0);
     in_threads(|_| {
         let started = Instant::now();
@@ -396,6 +411,105 @@ fn no_step_of_rivals_is_lost(store: &dyn CheckpointStore) {
         "conformance: advance compares and sets in one step, so no rival's step is lost"
     );
     delete(store, "stairs");
+}
+
+/// One thread saves, ever further on; the others advance from wherever the checkpoint is. So it never
+/// is behind what was saved last.
+fn no_save_among_rivals_is_lost(store: &dyn CheckpointStore) {
+    const FAR: i64 = 1_000_000;
+    let done = AtomicBool::new(false);
+    in_threads(|thread| {
+        let started = Instant::now();
+        let mut tries = 0;
+        while thread > 0 && !done.load(Ordering::Relaxed) {
+            let from = get(store, "contested");
+            match store.advance("contested", from, from + 1) {
+                Err(error) if !error.is_conflict() => {
+                    panic!("conformance: advance among rivals failed: {error:?}")
+                }
+                _ => {}
+            }
+        }
+        while thread == 0 && (tries < 50 || started.elapsed() < LEAST_TIME) {
+            tries += 1;
+            let saved = tries * FAR;
+            ok(match tries % 2 {
+                0 => store.save("contested", saved),
+                _ => store.save_many(&[("contested", saved)]),
+            });
+            let found = get(store, "contested");
+            if found < saved {
+                done.store(true, Ordering::Relaxed);
+            }
+            assert!(
+                found >= saved,
+                "conformance: an advance does not overwrite what was saved meanwhile"
+            );
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    delete(store, "contested");
+}
+
+/// What is created by an advance from nothing, and deleted, is counted.
+fn of_rivals_exactly_one_deletes(store: &dyn CheckpointStore) {
+    let (created, deleted) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    in_threads(|_| {
+        let started = Instant::now();
+        let mut tries = 0;
+        while tries < LEAST_TRIES || started.elapsed() < LEAST_TIME {
+            tries += 1;
+            match store.advance("fleeting", 0, 1) {
+                Ok(()) => drop(created.fetch_add(1, Ordering::Relaxed)),
+                Err(error) if error.is_conflict() => {}
+                Err(error) => panic!("conformance: advance among rivals failed: {error:?}"),
+            }
+            if ok(store.delete("fleeting")) {
+                deleted.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    });
+    let left = usize::from(ok(store.find("fleeting")).is_some());
+    assert_eq!(
+        deleted.into_inner() + left,
+        created.into_inner(),
+        "conformance: of rivals that delete one checkpoint exactly one is told true"
+    );
+    ok(store.delete("fleeting"));
+}
+
+fn wait_for_waits_until_the_offset_is_reached(store: &dyn CheckpointStore) {
+    const LONG: Duration = Duration::from_secs(60);
+    const SHORT: Duration = Duration::from_millis(30);
+    let wait_for = |offset, timeout| ok(store.wait_for("awaited", offset, timeout));
+    assert!(wait_for(0, Duration::ZERO), "conformance: every checkpoint has reached 0");
+    assert!(!wait_for(1, Duration::ZERO), "conformance: wait_for says false for what is not there");
+    ok(store.save("awaited", 5));
+    for offset in [4, 5] {
+        assert!(
+            wait_for(offset, Duration::ZERO),
+            "conformance: wait_for asks once, even without time, and says true for what is there"
+        );
+    }
+    let started = Instant::now();
+    assert!(!wait_for(6, SHORT), "conformance: wait_for says false when the time is over");
+    assert!(started.elapsed() >= SHORT, "conformance: wait_for waits until the time is over");
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| wait_for(6, LONG));
+        ok(store.advance("awaited", 5, 7));
+        match waiting.join() {
+            Ok(reached) => {
+                assert!(reached, "conformance: wait_for says true once the offset is reached");
+            }
+            Err(message) => panic::resume_unwind(message),
+        }
+    });
+    assert!(
+        matches!(store.wait_for("", 1, SHORT), Err(Error::InvalidProjection { .. }))
+            && matches!(store.wait_for("awaited", -1, SHORT), Err(Error::InvalidOffset { .. })),
+        "conformance: wait_for refuses bad input"
+    );
+    delete(store, "awaited");
 }
 
 fn ok<T>(result: Result<T, Error>) -> T {

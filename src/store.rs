@@ -1,6 +1,8 @@
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use crate::validate::validate_all;
+use crate::validate::{validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, Result};
 
 /// Remembers how far each projection has got.
@@ -193,6 +195,57 @@ pub trait CheckpointStore: Send + Sync {
         validate_all(checkpoints)?;
         checkpoints.iter().try_for_each(|&(projection, offset)| self.save(projection, offset))
     }
+
+    /// Waits until the checkpoint has reached `offset`, and says whether it has: `false` when
+    /// `timeout` is over.
+    ///
+    /// For reading one's own writes: append an event, wait for the projection, read the read model.
+    ///
+    /// The provided implementation asks [`get`](CheckpointStore::get) at once, and then again and
+    /// again: after 1 ms at first, then less often, up to every 50 ms. It asks at least once, also
+    /// with a time-out of zero. It can return later than the time-out by as long as one `get` takes.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidProjection`](crate::Error::InvalidProjection),
+    /// [`InvalidOffset`](crate::Error::InvalidOffset) when `offset` is negative, or the first error
+    /// of `get`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
+    /// use std::time::Duration;
+    ///
+    /// let store = MemoryCheckpointStore::new();
+    /// let appended = 42; // the offset of the event that this program has just appended
+    /// std::thread::scope(|scope| {
+    ///     scope.spawn(|| store.save("orders", 42)); // the projection, elsewhere
+    ///     assert!(store.wait_for("orders", appended, Duration::from_secs(5))?);
+    ///     assert!(!store.wait_for("orders", appended + 1, Duration::ZERO)?);
+    ///     Ok::<(), checkpoint_store::Error>(())
+    /// })?;
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    fn wait_for(&self, projection: &str, offset: i64, timeout: Duration) -> Result<bool> {
+        const FIRST_PAUSE: Duration = Duration::from_millis(1);
+        const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+        validate_projection(projection)?;
+        validate_offset(offset)?;
+        let started = Instant::now();
+        let mut pause = FIRST_PAUSE;
+        loop {
+            if self.get(projection)? >= offset {
+                return Ok(true);
+            }
+            let left = timeout.saturating_sub(started.elapsed());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            thread::sleep(pause.min(left));
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
 }
 
 macro_rules! forward_to_pointee {
@@ -218,6 +271,9 @@ macro_rules! forward_to_pointee {
             }
             fn save_many(&self, checkpoints: &[(&str, i64)]) -> Result<()> {
                 (**self).save_many(checkpoints)
+            }
+            fn wait_for(&self, projection: &str, offset: i64, timeout: Duration) -> Result<bool> {
+                (**self).wait_for(projection, offset, timeout)
             }
         }
     )+};

@@ -14,8 +14,9 @@ use crate::{Error, Result};
 ///
 /// Each event costs a constant time on average, however many are in flight. Every event since the
 /// watermark is remembered: one that is never completed holds the watermark for ever, and memory
-/// grows by 8 to 16 bytes with each event that is begun and completed beyond it. So complete an
-/// event even when it is given up, and stop reading while the watermark is too far behind.
+/// grows by 8 to 16 bytes with each event that is begun and completed beyond it; it is given back when
+/// the watermark moves on. So complete an event even when it is given up, and stop reading while the
+/// watermark is too far behind.
 ///
 /// What [`complete`](Watermark::complete) returned in one thread may reach another after a later one:
 /// checkpoint [`offset`](Watermark::offset). When it jumps over several events,
@@ -74,6 +75,21 @@ struct Window {
     begun: VecDeque<i64>,
     /// Those of them that are not complete.
     open: HashSet<i64>,
+}
+
+impl Window {
+    /// Keeps at most four times of what is needed. What is left then is twice that, so the next time
+    /// is as many events away as are moved now, and an event costs the same on average.
+    fn give_memory_back(&mut self) {
+        const SPARE: usize = 1_024;
+        let is_too_much = |capacity, len| capacity > 4 * len + SPARE;
+        if is_too_much(self.begun.capacity(), self.begun.len()) {
+            self.begun.shrink_to(2 * self.begun.len());
+        }
+        if is_too_much(self.open.capacity(), self.open.len()) {
+            self.open.shrink_to(2 * self.open.len());
+        }
+    }
 }
 
 impl Watermark {
@@ -160,6 +176,7 @@ impl Watermark {
             window.begun.pop_front();
             window.watermark = first;
         }
+        window.give_memory_back();
         Ok(window.watermark)
     }
 

@@ -453,3 +453,94 @@ proptest! {
         prop_assert_eq!(store.stored(), checkpointer.offset());
     }
 }
+
+/// An operator who sets the checkpoint back to where the loser began must not let it in again.
+#[test]
+fn who_has_met_a_rival_stays_out_without_asking_even_when_the_checkpoint_is_set_back() {
+    let store = MemoryCheckpointStore::new();
+    let mut loser = resume(&store, Cadence::every(1));
+    assert_eq!(loser.projection(), "orders");
+    store.save("orders", 7).unwrap();
+    let is_the_conflict = |error: Error| {
+        assert!(matches!(error, Error::Conflict { expected: 0, found: 7, .. }), "{error:?}");
+    };
+    is_the_conflict(loser.processed(1).unwrap_err());
+    for set_back in [0, 1, 7] {
+        store.save("orders", set_back).unwrap();
+        let before = store.find("orders").unwrap();
+        is_the_conflict(loser.processed(loser.offset() + 1).unwrap_err());
+        is_the_conflict(loser.save_if_due().unwrap_err());
+        is_the_conflict(loser.flush().unwrap_err());
+        is_the_conflict(loser.renew().unwrap_err());
+        assert_eq!(store.find("orders").unwrap(), before);
+    }
+    store.delete("orders").unwrap();
+    is_the_conflict(loser.flush().unwrap_err());
+    assert_eq!(store.find("orders").unwrap(), None);
+}
+
+#[test]
+fn an_idle_loop_renews_its_checkpoint() {
+    let store = MemoryCheckpointStore::new();
+    let mut checkpointer = resume(&store, Cadence::every(100));
+    checkpointer.renew().unwrap();
+    let first = store.find("orders").unwrap().unwrap();
+    assert_eq!(first.offset, 0, "one that has never saved has a checkpoint now");
+    crate::harness::wait_until("the clock ticks", || {
+        checkpointer.renew().unwrap();
+        store.find("orders").unwrap().unwrap().updated_at > first.updated_at
+    });
+    checkpointer.processed(5).unwrap();
+    checkpointer.renew().unwrap();
+    assert_eq!((state(&checkpointer), store.get("orders").unwrap()), ((5, 5, 0), 5));
+}
+
+/// A store that is down for as long as it is told to be, and has stored what it was told last.
+struct Down {
+    memory: MemoryCheckpointStore,
+    is_down: std::sync::atomic::AtomicBool,
+}
+
+impl CheckpointStore for Down {
+    fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
+        self.memory.find(projection)
+    }
+    fn all(&self) -> Result<Vec<Checkpoint>> {
+        self.memory.all()
+    }
+    fn save(&self, projection: &str, offset: i64) -> Result<()> {
+        self.memory.save(projection, offset)
+    }
+    fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
+        if self.is_down.load(std::sync::atomic::Ordering::Relaxed) {
+            return Err(lost());
+        }
+        self.memory.advance(projection, from, to)
+    }
+    fn delete(&self, projection: &str) -> Result<bool> {
+        self.memory.delete(projection)
+    }
+}
+
+#[test]
+fn any_of_many_saves_in_doubt_is_recognised_and_none_costs_the_sum_of_all() {
+    const EVENTS: i64 = 200_000;
+    let store = Down {
+        memory: MemoryCheckpointStore::new(),
+        is_down: std::sync::atomic::AtomicBool::new(true),
+    };
+    for stored in [1, EVENTS / 2, EVENTS] {
+        store.memory.delete("orders").unwrap();
+        store.is_down.store(true, std::sync::atomic::Ordering::Relaxed);
+        let mut checkpointer = resume(&store, Cadence::every(1));
+        for offset in 1..=EVENTS {
+            checkpointer.processed(offset).unwrap_err();
+        }
+        assert_eq!(checkpointer.pending(), u64::try_from(EVENTS).unwrap());
+        // One of them was stored after all.
+        store.memory.save("orders", stored).unwrap();
+        store.is_down.store(false, std::sync::atomic::Ordering::Relaxed);
+        assert!(checkpointer.processed(EVENTS + 1).unwrap());
+        assert_eq!(store.get("orders").unwrap(), EVENTS + 1);
+    }
+}

@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use checkpoint_store::{
     Checkpoint, CheckpointStore, Error, MemoryCheckpointStore, PostgresCheckpointStore, Result,
@@ -285,6 +285,140 @@ fn a_time_that_stands_still_is_found() {
         ..Broken::default()
     };
     assert_found(&store, "updated_at is the moment of the last save");
+}
+
+#[test]
+fn a_save_of_the_same_offset_that_does_not_renew_its_time_is_found() {
+    let lazy_save: fn(&Broken, &str, i64) -> Result<()> = |this, name, offset| {
+        validate_projection(name)?;
+        match this.memory.find(name)? {
+            Some(found) if found.offset == offset => Ok(()),
+            _ => this.memory.save(name, offset),
+        }
+    };
+    assert_found(&Broken { save: lazy_save, ..Broken::default() }, "the last save, of the same");
+    let store = Broken {
+        advance: |this, name, from, to| match this.memory.get(name) {
+            Ok(found) if found == from && from == to && from > 0 => Ok(()),
+            _ => this.memory.advance(name, from, to),
+        },
+        ..Broken::default()
+    };
+    assert_found(&store, "the last advance, of the same");
+    let store = SaveMany {
+        memory: MemoryCheckpointStore::new(),
+        save_many: |memory, checkpoints| match checkpoints {
+            [(name, offset)] if memory.get(name).is_ok_and(|found| found == *offset) => Ok(()),
+            _ => memory.save_many(checkpoints),
+        },
+    };
+    assert_found(&store, "the last save_many, of the same");
+}
+
+#[test]
+fn what_is_cut_short_is_found() {
+    for limit in [100, 500, 1_000] {
+        LIMIT.set(limit);
+        let store = Broken {
+            all: |this| {
+                let mut all = this.memory.all()?;
+                all.truncate(LIMIT.get());
+                Ok(all)
+            },
+            ..Broken::default()
+        };
+        assert_found(&store, "all lists every one of many");
+        let store = SaveMany {
+            memory: MemoryCheckpointStore::new(),
+            save_many: |memory, checkpoints| {
+                memory.save_many(&checkpoints[..checkpoints.len().min(LIMIT.get())])
+            },
+        };
+        assert_found(&store, "save_many saves every one of many");
+    }
+}
+
+thread_local! {
+    static LIMIT: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
+/// What depends on who comes first is found every time.
+fn assert_found_each_time(broken: fn() -> Box<dyn CheckpointStore>, promises: &[&str]) {
+    for _ in 0..5 {
+        let verdict = verdict(&broken());
+        assert!(promises.iter().any(|promise| verdict.contains(promise)), "{verdict}");
+    }
+}
+
+#[test]
+fn deletes_that_are_both_told_true_are_found() {
+    let broken = || -> Box<dyn CheckpointStore> {
+        Box::new(Broken {
+            delete: |this, name| {
+                let was_there = this.memory.find(name)?.is_some();
+                this.memory.delete(name)?;
+                Ok(was_there)
+            },
+            ..Broken::default()
+        })
+    };
+    assert_found_each_time(broken, &["exactly one is told true"]);
+}
+
+/// Its advances take turns, and heed no save.
+#[test]
+fn an_advance_that_overwrites_a_save_is_found() {
+    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let broken = || -> Box<dyn CheckpointStore> {
+        Box::new(Broken {
+            advance: |this, name, from, to| {
+                if from < 0 || to < from {
+                    return this.memory.advance(name, from, to);
+                }
+                let _turn = TURN.lock().unwrap();
+                let found = this.memory.get(name)?;
+                if found != from {
+                    return this.memory.advance(name, from, to);
+                }
+                this.memory.save(name, to)
+            },
+            ..Broken::default()
+        })
+    };
+    assert_found_each_time(
+        broken,
+        &["overwrite what was saved meanwhile", "exactly one is told true"],
+    );
+}
+
+#[test]
+fn a_wait_that_is_none_is_found() {
+    struct Impatient(MemoryCheckpointStore, bool);
+    impl CheckpointStore for Impatient {
+        fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
+            self.0.find(projection)
+        }
+        fn all(&self) -> Result<Vec<Checkpoint>> {
+            self.0.all()
+        }
+        fn save(&self, projection: &str, offset: i64) -> Result<()> {
+            self.0.save(projection, offset)
+        }
+        fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
+            self.0.advance(projection, from, to)
+        }
+        fn delete(&self, projection: &str) -> Result<bool> {
+            self.0.delete(projection)
+        }
+        fn wait_for(&self, projection: &str, offset: i64, timeout: Duration) -> Result<bool> {
+            if self.1 && timeout.is_zero() {
+                return Ok(false);
+            }
+            self.0.wait_for(projection, offset, if self.1 { timeout } else { Duration::ZERO })
+        }
+    }
+    assert_found(&Impatient(MemoryCheckpointStore::new(), false), "until the time is over");
+    assert_found(&Impatient(MemoryCheckpointStore::new(), true), "every checkpoint has reached 0");
 }
 
 #[test]

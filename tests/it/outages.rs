@@ -548,7 +548,7 @@ fn an_operation_gives_up_when_it_has_tried_for_as_long_as_it_was_told() {
         let error = operation().unwrap_err();
         assert!(matches!(error, Error::Unavailable { .. }) && error.is_transient(), "{error:?}");
         let waited = started.elapsed();
-        assert!(waited >= PATIENCE - Duration::from_millis(250) && waited < BOUND, "{waited:?}");
+        assert!(waited >= PATIENCE * 4 / 5 && waited < BOUND, "{waited:?}");
     }
     server.restart();
 

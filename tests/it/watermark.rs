@@ -322,3 +322,20 @@ fn one_event_that_is_never_completed_holds_it_whatever_the_others_do() {
     assert_eq!(state(&watermark), (offset(stuck - 1), 1));
     assert_eq!(watermark.complete(offset(stuck)).unwrap(), offset(EVENTS - 1));
 }
+
+#[test]
+fn the_memory_of_a_large_window_is_given_back() {
+    const LARGE: i64 = 1_000_000;
+    let watermark = Watermark::starting_at(0);
+    let kept = allocation_counter::measure(|| {
+        for offset in 1..=LARGE {
+            watermark.begin(offset).unwrap();
+        }
+        for offset in (1..=LARGE).rev() {
+            watermark.complete(offset).unwrap();
+        }
+    });
+    assert_eq!(watermark.offset(), LARGE);
+    assert!(kept.bytes_max > 8 * LARGE.unsigned_abs(), "{kept:?}");
+    assert!(kept.bytes_current < 64 * 1_024, "{kept:?}");
+}
