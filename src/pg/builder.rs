@@ -2,7 +2,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use postgres::tls::{MakeTlsConnect, TlsConnect};
-use postgres::{Client, Config, NoTls, Socket};
+use postgres::{Client, NoTls, Socket};
 use r2d2::{ManageConnection, Pool};
 
 use super::connect::{ConnectError, Connector, ServerName};
@@ -10,6 +10,7 @@ use super::connections::{Connections, DEFAULT_TIMEOUT};
 use super::failure::{Cause, failure, no_connection};
 use super::group::Group;
 use super::identifier::Table;
+use super::params;
 use super::prepared::refuse_shared_sessions;
 use super::queries::Queries;
 use super::{PostgresCheckpointStore, Shared};
@@ -207,8 +208,17 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
-    /// Connects without TLS. `params` is a URL or `key=value` pairs, as in
-    /// [`postgres::Config`].
+    /// Connects without TLS. `params` is a URL or `key=value` pairs separated by blanks, as in
+    /// [`postgres::Config`], which lists them. White space around them is left out.
+    ///
+    /// Not everything is as with libpq: `tcp_user_timeout` is in seconds; neither `PG*` environment
+    /// variables nor `.pgpass` nor service files are read; what verifies a certificate is the connector
+    /// of [`connect_tls`](PostgresCheckpointStoreBuilder::connect_tls).
+    ///
+    /// Parameters that cannot be read are an error that says why, and repeats no piece of them: it may
+    /// be a password. For the same reason a host, a user or a database whose name has a `;`, `=` or `@`
+    /// in it, and the like, is refused before a server could repeat it. What is well-formed the server may
+    /// repeat: a role or a database that it does not know.
     ///
     /// One connection is made, and closed, before this returns, so that what is wrong is named at
     /// once.
@@ -308,7 +318,7 @@ impl PostgresCheckpointStoreBuilder {
             );
             return Err(Error::backend("connect", reason));
         }
-        let config = params.parse::<Config>().map_err(|error| unreadable(&error))?;
+        let config = params::parse(params)?;
 
         let server = ServerName::of(&config);
         let connector = Connector::new(config, tls);
@@ -388,14 +398,4 @@ impl PostgresCheckpointStoreBuilder {
             _ => Ok(()),
         }
     }
-}
-
-/// What the parser says may quote a piece of the parameters, and that piece may be a password
-/// with a blank in it. So only its kind is told.
-fn unreadable(error: &postgres::Error) -> Error {
-    let reason = format!(
-        "the connection parameters cannot be read: {error}; what is special in a URL is to be \
-         percent-encoded, and a value with blanks quoted among key=value pairs"
-    );
-    Error::backend("connect", reason)
 }

@@ -5,6 +5,7 @@ mod failure;
 mod group;
 mod identifier;
 mod migrate;
+mod params;
 mod prepared;
 mod project;
 mod queries;

@@ -143,3 +143,38 @@ fn nothing_that_can_be_printed_tells_a_secret() {
     assert_tells_no_secret(&PostgresCheckpointStore::connect(&params).unwrap_err());
     debugged("a store without a server", &exhausted);
 }
+
+/// Parameters of other drivers, and of people in a hurry: neither the store nor the server repeats
+/// what may be the password.
+#[test]
+fn parameters_that_are_misread_show_no_password() {
+    let port = crate::harness::server().port();
+    for params in [
+        format!("host=127.0.0.1;port={port};username=app;password=hunter2;database=app"),
+        format!("Host=127.0.0.1;Port={port};Username=app;Password=hunter2;Database=app"),
+        format!("Server=127.0.0.1;Port={port};User Id=postgres;Password=hunter2;"),
+        format!("host=127.0.0.1,port={port},user=postgres,password=hunter2"),
+        format!("host=127.0.0.1 port={port} user=postgres dbname=x;password=hunter2"),
+        format!("host=127.0.0.1 port={port} user=postgres;password=hunter2"),
+        format!("host=127.0.0.1 port={port} user=postgres,password=hunter2"),
+        format!("host=127.0.0.1 port={port} user=postgres options='-c jit=off password=hunter2'"),
+        format!("host=127.0.0.1 port={port} user=postgres options='-c x=1 hunter2'"),
+        format!("postgres://postgres:hunter@2@127.0.0.1:{port}/postgres"),
+        format!("postgres://postgres:hunter2@127.0.0.1:{port}/postgres;password=hunter2"),
+        format!("postgres://postgres:x@127.0.0.1:{port}/postgres&password=hunter2"),
+        format!("postgres://postgres:hunter2@127.0.0.1:{port}/postgres?schema=hunter2"),
+        format!("jdbc:postgresql://127.0.0.1:{port}/postgres?user=postgres&password=hunter2"),
+        format!("postgres://postgres:hunter2#@127.0.0.1:{port}/a\nb"),
+    ] {
+        let error = PostgresCheckpointStore::connect(&params).map(drop).unwrap_err();
+        assert!(
+            matches!(error, Error::Backend { operation: "connect", .. }),
+            "{params}: {error:?}"
+        );
+        assert!(!error.is_transient());
+        assert_tells_no_secret(&error);
+    }
+    // A line's end behind a URL is not a part of it.
+    let url = format!("  {}\n", crate::harness::server().url("postgres"));
+    PostgresCheckpointStore::connect(&url).unwrap().connection().unwrap();
+}
