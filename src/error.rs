@@ -1,4 +1,5 @@
 use std::error::Error as StdError;
+use std::fmt;
 
 #[cfg(feature = "postgres")]
 use crate::pg::transience;
@@ -156,6 +157,22 @@ impl Error {
         Self::Conflict { projection: projection.to_owned(), expected, found }
     }
 
+    /// The error and its causes in one line, for a log: `save failed: projection .. in table ..: db
+    /// error: ERROR: ..`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use checkpoint_store::Error;
+    ///
+    /// let error = Error::backend("save", std::io::Error::other("disk\nfull"));
+    /// assert_eq!(error.report().to_string(), "save failed: disk full");
+    /// ```
+    #[must_use]
+    pub fn report(&self) -> impl fmt::Display + use<'_> {
+        Report(self)
+    }
+
     /// Whether this is a [`Conflict`](Error::Conflict): another worker has moved the checkpoint.
     ///
     /// # Examples
@@ -214,6 +231,26 @@ impl Error {
     }
 }
 
+struct Report<'a>(&'a Error);
+
+impl fmt::Display for Report<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut links = std::iter::successors(Some(self.0 as &dyn StdError), |&link| link.source());
+        let mut last = String::new();
+        links.try_for_each(|link| {
+            let message = link.to_string().lines().collect::<Vec<_>>().join(" ");
+            // Some libraries repeat their cause in their own message.
+            if last.ends_with(&message) {
+                return Ok(());
+            }
+            let separator = if last.is_empty() { "" } else { ": " };
+            write!(f, "{separator}{message}")?;
+            last = message;
+            Ok(())
+        })
+    }
+}
+
 /// What the cause itself says about trying again, if it says anything.
 #[cfg(not(feature = "postgres"))]
 fn transience(_source: &(dyn StdError + 'static)) -> Option<bool> {
@@ -245,6 +282,16 @@ mod tests {
         let shown = error.to_string();
         assert!(shown.len() < 250 && shown.contains("4000 bytes"), "{shown}");
         assert!(matches!(error, Error::InvalidProjection { name: kept, .. } if kept == name));
+    }
+
+    #[test]
+    fn a_report_is_one_line_and_repeats_nothing() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("db error: {0}")]
+        struct Repeats(#[source] std::io::Error);
+        let cause = Repeats(std::io::Error::other("ERROR: full\nHINT: empty it"));
+        let told = Error::backend("save", cause).report().to_string();
+        assert_eq!(told, "save failed: db error: ERROR: full HINT: empty it");
     }
 
     #[test]

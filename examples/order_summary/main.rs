@@ -76,30 +76,27 @@ const QUEUE: usize = 2 * BATCH;
 /// Applies a batch of events to a read model in PostgreSQL, and returns the new checkpoint; `from`
 /// is the one returned last.
 ///
-/// Rows and checkpoint change in one transaction, and any `?` on the way undoes both. The lock
-/// keeps other processes away from this projection until the commit.
+/// `project` gives the transaction and the checkpoint, saves what is returned and commits. Nothing
+/// else may be done in there: it starts over when the connection is lost.
 fn apply_exactly_once<P: Projection>(
     store: &PostgresCheckpointStore,
     from: i64,
     batch: &[Arc<OrderEvent>],
     crash: &Crash,
 ) -> Result<i64> {
-    let mut client = store.connection()?;
-    let mut tx = client.transaction()?;
-
-    let checkpoint = store.in_transaction(&mut tx).lock(P::NAME)?;
+    let mut checkpoint = from;
+    let applied = store.project(P::NAME, |tx, offset| {
+        checkpoint = offset;
+        let new = &batch[batch.partition_point(|event| event.offset <= offset)..];
+        let Some(last) = new.last().filter(|_| offset >= from) else {
+            return Ok(None); // another process has applied them all, or has set the checkpoint back
+        };
+        P::apply(tx, new)?;
+        crash.count(new.len());
+        Ok(Some(last.offset))
+    })?;
     ensure!(checkpoint >= from, "{}: set back from {from} to {checkpoint}; run it again", P::NAME);
-    let new = &batch[batch.partition_point(|event| event.offset <= checkpoint)..];
-    let Some(last) = new.last() else {
-        return Ok(checkpoint); // another process has applied them all
-    };
-
-    P::apply(&mut tx, new)?;
-    crash.count(new.len());
-
-    store.in_transaction(&mut tx).save(P::NAME, last.offset)?;
-    tx.commit()?;
-    Ok(last.offset)
+    Ok(applied.unwrap_or(checkpoint))
 }
 
 /// Stands in for a power cut, at the worst moment: a batch is applied, its checkpoint is not saved.

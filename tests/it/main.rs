@@ -8,6 +8,7 @@ mod contract;
 mod dashboard;
 mod documentation;
 mod environment;
+mod exactly_once;
 mod failover;
 mod faults;
 mod foreign_rows;
