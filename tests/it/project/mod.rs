@@ -1,5 +1,6 @@
 //! One batch exactly once in one call: what the closure may do, and what it cannot do wrong.
 
+mod histories;
 mod kills;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
