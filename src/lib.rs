@@ -19,55 +19,46 @@
 //! of the stream until you [tell it](ProjectionStatus), and it does not know whether the read model is
 //! right. You can trust it only as far as it was saved together with the read model it describes.
 //!
-//! # `save`, `advance` or `lock`?
+//! # Which operation?
 //!
-//! | You have | Use | What you get |
+//! | Your read model is | Use | What you get |
 //! |---|---|---|
-//! | a read model in the same database | [`lock`](InTransaction::lock), apply, [`save`](InTransaction::save), commit | exactly once, with any number of competing workers |
-//! | the same, and transactions that should not wait for each other | [`get`](InTransaction::get), apply, [`advance`](InTransaction::advance), commit | exactly once; of competing workers all but one roll back |
-//! | a read model elsewhere | a [`Checkpointer`] | at least once; a second worker is detected |
-//! | to move a projection by hand | [`save`](CheckpointStore::save) | the offset that you say, whatever it was |
+//! | in the same database | [`project`](PostgresCheckpointStore::project) | exactly once, with any number of competing workers |
+//! | there, in a transaction that you have already | [`in_transaction`](PostgresCheckpointStore::in_transaction): [`lock`](InTransaction::lock), apply, [`save`](InTransaction::save), commit | exactly once, if you keep the rules |
+//! | elsewhere | a [`Checkpointer`] | at least once; a second worker is detected |
+//! | to be moved by hand | [`save`](CheckpointStore::save) | it sets the offset unconditionally |
 //!
 //! # Exactly once
 //!
 //! The read model and the checkpoint commit together, or neither does. `?` turns the errors of your
-//! own statements, and of the commit, into [`Error`]s too, so that
-//! [`is_transient`](Error::is_transient) judges all of them:
+//! own statements into [`Error`]s:
 //!
 //! ```no_run
 //! # #[cfg(feature = "postgres")] mod example {
-//! use checkpoint_store::{PostgresCheckpointStore, Result};
+//! use checkpoint_store::{PostgresCheckpointStore, Result, postgres::Transaction};
 //! use std::{thread::sleep, time::Duration};
 //!
-//! /// Applies the next event, and says whether there was one.
-//! fn apply_next(store: &PostgresCheckpointStore) -> Result<bool> {
-//!     let mut client = store.connection()?; // for each try: one that was lost stays lost
-//!     let mut tx = client.transaction()?;
-//!     let offset = store.in_transaction(&mut tx).lock("revenue")?; // a competing worker waits here
-//!     let event = tx.query_opt("SELECT id, amount FROM events WHERE id > $1 ORDER BY id LIMIT 1", &[&offset])?;
-//!     let Some(event) = event else { return Ok(false) };
+//! /// Applies the next event, and returns its offset.
+//! fn apply_next(tx: &mut Transaction<'_>, offset: i64) -> Result<Option<i64>> {
+//!     let sql = "SELECT id, amount FROM events WHERE id > $1 ORDER BY id LIMIT 1";
+//!     let Some(event) = tx.query_opt(sql, &[&offset])? else { return Ok(None) };
 //!     tx.execute("UPDATE revenue SET total = total + $1", &[&event.get::<_, i64>("amount")])?;
-//!     store.in_transaction(&mut tx).save("revenue", event.get("id"))?; // last, so nothing can fail after it
-//!     tx.commit()?;
-//!     Ok(true)
+//!     Ok(Some(event.get("id")))
 //! }
 //!
 //! fn work(store: &PostgresCheckpointStore) -> Result<()> {
 //!     loop {
-//!         match apply_next(store) {
-//!             Ok(true) => {}
-//!             Ok(false) => sleep(Duration::from_millis(200)), // nothing new
-//!             Err(error) if error.is_transient() => sleep(Duration::from_secs(1)), // and log it
-//!             Err(error) => return Err(error),
+//!         if store.project("revenue", apply_next)?.is_none() {
+//!             sleep(Duration::from_millis(200)); // nothing new
 //!         }
 //!     }
 //! }
 //! # }
 //! ```
 //!
-//! When the connection is lost during the commit nobody can tell whether it took place. Start over: the
-//! offset that `lock` returns tells you. The events must commit in the order of their ids, see
-//! [below](#gaps-in-the-stream).
+//! Lost connections, also during the commit, are nothing to the caller: see
+//! [`project`](PostgresCheckpointStore::project), which may run the closure more than once. The events must
+//! commit in the order of their ids, see [below](#gaps-in-the-stream).
 //!
 //! # At least once, at a cadence
 //!
@@ -135,11 +126,11 @@
 //! # Resetting a projection
 //!
 //! To rebuild a read model, empty it and set its checkpoint back in one transaction. Workers may keep
-//! running if each of their batches is a transaction with `lock`, or with `get` and `advance`: one that
-//! locks waits, and then resumes at 0; one that advances gets a [`Conflict`](Error::Conflict) and rolls
-//! back. **Stop any other worker first**, one with a [`Checkpointer`] or with a plain `save`: it counts
-//! events as processed that the emptied read model does not have any more, and its next save may put
-//! the checkpoint beyond them, without a `Conflict` if what is stored is what it expects.
+//! running if they use [`project`](PostgresCheckpointStore::project), or `lock` in their own transactions:
+//! they wait, and then resume at 0. **Stop any other worker first**, one with a [`Checkpointer`], with a
+//! plain `save`, or with `get` and `advance`: it counts events as processed that the emptied read model
+//! does not have any more, and once the rebuilt projection has come to the offset that it expects, its
+//! next save succeeds and puts the checkpoint beyond them.
 //!
 //! ```no_run
 //! # #[cfg(feature = "postgres")] mod example {
@@ -210,6 +201,10 @@
 //!     FOR EACH STATEMENT EXECUTE FUNCTION append_in_turn();
 //! ```
 //!
+//! The ids have to be drawn one by one, when they are used. **Where they are drawn ahead neither this nor
+//! what follows helps**: a sequence with `CACHE` above 1 gives each session ids of its own, and so does a
+//! HiLo allocator in a program. Set `CACHE 1`, which is the default.
+//!
 //! Where the writers must not wait for each other, let the reader wait for them: ask now and then how
 //! far the stream is complete, and read no further. This waits for every open append, and new ones
 //! wait meanwhile.
@@ -232,6 +227,8 @@
 //! | `conformance` | no | `conformance::verify`: the contract as code, for stores of your own |
 //!
 //! Without any, the crate depends on `thiserror` alone.
+//!
+//! The [`guide`] goes on from here: operations, reliability, coming from C#, questions.
 
 #![cfg_attr(not(feature = "postgres"), allow(rustdoc::broken_intra_doc_links))]
 #![cfg_attr(docsrs, feature(doc_cfg))]
@@ -242,6 +239,7 @@ mod checkpointer;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod error;
+pub mod guide;
 mod memory;
 mod monitor;
 #[cfg(feature = "postgres")]

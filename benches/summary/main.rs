@@ -1,7 +1,7 @@
 //! The ratios that this crate promises, as one table, and the table from which a cadence is chosen.
 //!
 //! What is compared takes turns, so that what the machine does meanwhile hits both sides alike.
-//! `cargo bench --bench summary -- --svg docs/saves.svg` draws a picture too; with names of parts,
+//! `cargo bench --bench summary -- --svg benches/saves.svg` draws a picture too; with names of parts,
 //! `-- threads memory` say, it measures only those.
 
 #![allow(clippy::cast_precision_loss, reason = "no number here is that large")]

@@ -158,6 +158,19 @@ impl PostgresCheckpointStoreBuilder {
     /// Whether pooled `save` and `advance` that wait at the same time share one statement and one
     /// flush of the database's log. The default is `false`.
     ///
+    /// It pays with many threads that save often, each a projection of its own, and a disk to wait for;
+    /// a [`Checkpointer`](crate::Checkpointer) in each gains too. It does nothing for few threads, because
+    /// up to 8 calls at once go alone, for rare saves, and for what is saved in a transaction. The
+    /// [guide](crate::guide::operations) has figures.
+    ///
+    /// A call returns when its own offset is durable, and its answer is the one that it would have had
+    /// alone. Nobody pays for anybody else: a row that another transaction holds delays those who want that
+    /// row, and a write that the database refuses is that caller's error. When the connection is lost under
+    /// a group, each `advance` in it is [`Unavailable`](crate::Error::Unavailable), and each `save` is
+    /// repeated. Two calls on one projection keep their order. While the server is away, a call that waits
+    /// behind others may take twice the
+    /// [`connection_timeout`](PostgresCheckpointStoreBuilder::connection_timeout).
+    ///
     /// # Examples
     ///
     /// ```

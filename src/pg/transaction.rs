@@ -22,6 +22,15 @@ use crate::{Checkpoint, Error, Result};
 /// error has aborted it, except where a method says otherwise, and except that a trigger has
 /// discarded a row: roll back then.
 ///
+/// # Or `project`?
+///
+/// [`project`](super::PostgresCheckpointStore::project) is one call that begins, locks, saves, commits and
+/// tries again. This is for a transaction that is there already, and for several projections in one.
+///
+/// Do not call the store itself for a projection that your own open transaction holds: `store.save` waits
+/// for that transaction, and so for ever. After a ROLLBACK by a statement of your own the save is a
+/// transaction by itself.
+///
 /// # Save last, and return on `Err`
 ///
 /// A failed statement aborts a PostgreSQL transaction, and a `COMMIT` then rolls back. The

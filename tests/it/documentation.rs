@@ -1,13 +1,14 @@
 //! What the documents say, tried: their SQL runs, and the remedy for gaps is one.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 
 use checkpoint_store::postgres::Client;
 use checkpoint_store::{CheckpointStore, PostgresCheckpointStore};
 
-use crate::harness;
+use crate::harness::{self, wait_until};
 
 /// The fenced blocks of a language, in the order in which they stand.
 fn blocks(text: &str, language: &str) -> Vec<String> {
@@ -34,7 +35,7 @@ fn the_sql_of_the_readme_runs_and_its_grants_are_enough() {
         .unwrap();
     let mut sql = blocks(README, "sql");
     sql.sort_by_key(|block| !block.contains("CREATE TABLE"));
-    assert_eq!(sql.len(), 4);
+    assert_eq!(sql.len(), 3);
     for block in sql {
         admin.batch_execute(&block).unwrap();
     }
@@ -53,7 +54,7 @@ fn the_sql_of_the_readme_runs_and_its_grants_are_enough() {
 fn the_table_of_the_readme_is_the_one_that_migrate_makes() {
     let by_hand = harness::fresh_database();
     let sql = blocks(README, "sql");
-    let table = sql.iter().find(|block| block.contains("projection_name text PRIMARY KEY"));
+    let table = sql.iter().find(|block| block.contains("projection_name text"));
     harness::client(&by_hand).batch_execute(table.unwrap()).unwrap();
     let migrated = harness::fresh_database();
     PostgresCheckpointStore::connect(&migrated).unwrap().migrate().unwrap();
@@ -68,35 +69,135 @@ fn the_table_of_the_readme_is_the_one_that_migrate_makes() {
     assert!(describe(&by_hand).contains("fillfactor=25"), "{}", describe(&by_hand));
 }
 
-/// The SQL between quotes in the first worker of the front page.
+/// The worker of the front page, as it stands there, in a program of its own; built offline, with what
+/// this crate was built with.
+fn build_the_worker(database: &str) -> (tempfile::TempDir, PathBuf) {
+    let worker = blocks(README, "rust,no_run").remove(0);
+    let lines = worker.lines().count();
+    assert!(worker.contains("fn main()") && lines <= 25, "{lines} lines");
+    let url = "postgres://app:secret@localhost/app";
+    assert!(worker.contains(url));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("src")).unwrap();
+    fs::write(folder.path().join("src/main.rs"), worker.replace(url, database)).unwrap();
+    fs::copy(root.join("Cargo.lock"), folder.path().join("Cargo.lock")).unwrap();
+    let manifest = format!(
+        "[package]\nname = \"worker\"\nversion = \"0.0.0\"\nedition = \"2024\"\n
+         [dependencies]\ncheckpoint-store.path = \"{}\"\n[workspace]\n",
+        root.display()
+    );
+    fs::write(folder.path().join("Cargo.toml"), manifest).unwrap();
+    let target = root.join("target/readme");
+    let output = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "--offline"])
+        .current_dir(folder.path())
+        .env("CARGO_TARGET_DIR", &target)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    (folder, target.join("debug/worker"))
+}
+
 #[test]
-fn the_query_of_the_readme_applies_each_event_once() {
+fn the_worker_of_the_readme_counts_each_event_once_though_it_is_killed() {
     let database = harness::fresh_database();
     let mut client = harness::client(&database);
     let sql = blocks(README, "sql");
     client
         .batch_execute(sql.iter().find(|block| block.contains("CREATE TABLE events")).unwrap())
         .unwrap();
-    client
-        .batch_execute(
-            "INSERT INTO events (order_id, amount) SELECT i % 7, i FROM generate_series(1, 1200) i",
-        )
-        .unwrap();
-    let worker = blocks(README, "rust,no_run").remove(0);
-    let query = worker.split('"').find(|piece| piece.starts_with("WITH batch")).unwrap();
-    let (mut offset, mut counts) = (0_i64, Vec::new());
-    loop {
-        let row = client.query_one(query, &[&offset]).unwrap();
-        counts.push(row.get::<_, i64>(0));
-        match row.get::<_, Option<i64>>(1) {
-            Some(last) => offset = last,
-            None => break,
-        }
+    let (_folder, program) = build_the_worker(&database);
+    let mut events = 0;
+    for round in 0..4 {
+        let append = "INSERT INTO events (order_id, amount)
+                      SELECT i % 7, i FROM generate_series(1, 1200) i";
+        events += client.execute(append, &[]).unwrap();
+        let mut worker = Command::new(&program).spawn().unwrap();
+        // All of it the last time, and some of it before.
+        let wanted = if round == 3 { events } else { events - 1_000 };
+        wait_until("it gets on", || {
+            let query = "SELECT COALESCE(max(\"offset\"), 0) FROM projection_checkpoints";
+            client
+                .query_one(query, &[])
+                .is_ok_and(|row| row.get::<_, i64>(0).unsigned_abs() >= wanted)
+        });
+        worker.kill().unwrap();
+        worker.wait().unwrap();
     }
-    assert_eq!((counts, offset), (vec![500, 500, 200, 0], 1200));
     let query = "SELECT sum(total)::bigint, count(*) FROM order_totals";
     let row = client.query_one(query, &[]).unwrap();
-    assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1)), (1200 * 1201 / 2, 7));
+    assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1)), (4 * 1200 * 1201 / 2, 7));
+}
+
+#[test]
+fn the_front_page_is_short() {
+    assert!(README.lines().count() <= 200, "{}", README.lines().count());
+}
+
+#[test]
+fn every_link_between_the_documents_leads_somewhere() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let guide = fs::read_dir(root.join("src/guide")).unwrap().map(|file| file.unwrap().path());
+    let of_the_root = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "benches/README.md"];
+    let mut links = 0;
+    for path in of_the_root.map(|name| root.join(name)).into_iter().chain(guide) {
+        let text = fs::read_to_string(&path).unwrap();
+        for link in text.split("](").skip(1).map(|rest| rest.split(')').next().unwrap()) {
+            links += 1;
+            if let Some(section) = link.strip_prefix("crate#") {
+                let heading = section.replace('-', " ");
+                let is_there = include_str!("../../src/lib.rs").lines().any(|line| {
+                    line.strip_prefix("//! # ").is_some_and(|it| it.to_lowercase() == heading)
+                });
+                assert!(is_there, "{}: {link}", path.display());
+            } else if !link.starts_with("https://") && link != "crate" {
+                let target = path.parent().unwrap().join(link.split('#').next().unwrap());
+                assert!(target.exists(), "{}: {link}", path.display());
+            }
+        }
+    }
+    assert!(links > 8, "{links}");
+}
+
+#[test]
+fn the_sql_of_the_guide_runs() {
+    let database = harness::fresh_database();
+    PostgresCheckpointStore::connect(&database).unwrap().migrate().unwrap();
+    let mut admin = harness::client(&database);
+    let guides = [
+        include_str!("../../src/guide/operations.md"),
+        include_str!("../../src/guide/from_csharp.md"),
+    ];
+    let mut tried = 0;
+    for block in guides
+        .into_iter()
+        .flat_map(|guide| blocks(&guide.replace("\n  ", "\n").replace("\n ", "\n"), "sql"))
+    {
+        admin.batch_execute(&block).unwrap_or_else(|error| panic!("{block}: {error}"));
+        tried += 1;
+    }
+    assert_eq!(tried, 3);
+}
+
+/// Ids that a session has drawn ahead are committed late, whatever turns the appends take.
+#[test]
+fn where_ids_are_drawn_ahead_an_event_is_lost_and_with_a_cache_of_1_none_is() {
+    for (cache, lost) in [(10, true), (1, false)] {
+        let [table, _] = remedies();
+        let database = harness::fresh_database();
+        let mut reader = harness::client(&database);
+        reader.batch_execute(&table).unwrap();
+        let sequence = "SELECT pg_get_serial_sequence('events', 'id')";
+        let sequence: String = reader.query_one(sequence, &[]).unwrap().get(0);
+        reader.batch_execute(&format!("ALTER SEQUENCE {sequence} CACHE {cache}")).unwrap();
+        let (mut one, mut other) = (harness::client(&database), harness::client(&database));
+        one.execute(APPEND, &[]).unwrap();
+        other.execute(APPEND, &[]).unwrap();
+        let checkpoint = events_after(&mut reader, 0).last().copied().unwrap();
+        one.execute(APPEND, &[]).unwrap();
+        assert_eq!(events_after(&mut reader, checkpoint).is_empty(), lost, "CACHE {cache}");
+    }
 }
 
 /// The SQL of the section on gaps: a table whose appends take turns, and a reader that waits.
