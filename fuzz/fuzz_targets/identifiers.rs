@@ -19,17 +19,20 @@ mod identifier;
 use identifier::Table;
 
 const SCHEMA_FILE: &str = include_str!("../../sql/create_schema.sql");
-const TABLE_FILES: [&str; 10] = [
+const TABLE_FILES: [&str; 13] = [
     include_str!("../../sql/advance.sql"),
+    include_str!("../../sql/advance_or_find.sql"),
     include_str!("../../sql/all.sql"),
     include_str!("../../sql/create_table.sql"),
     include_str!("../../sql/create_updated_at_index.sql"),
     include_str!("../../sql/delete.sql"),
     include_str!("../../sql/find.sql"),
     include_str!("../../sql/lock.sql"),
+    include_str!("../../sql/lock_new.sql"),
     include_str!("../../sql/save.sql"),
     include_str!("../../sql/save_many.sql"),
     include_str!("../../sql/try_lock.sql"),
+    include_str!("../../sql/write_together.sql"),
 ];
 
 static SCHEMA_TOKENS: LazyLock<Vec<Token>> = LazyLock::new(|| scan(SCHEMA_FILE));

@@ -38,7 +38,7 @@ fn read(folder: &Path, items: &mut Vec<Item>) {
     for path in paths {
         if path.is_dir() {
             read(&path, items);
-        } else {
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
             let source = fs::read_to_string(&path).unwrap();
             items.extend(syn::parse_file(&source).unwrap().items);
         }
