@@ -2,18 +2,20 @@
 //! how long an operation tries again.
 
 use std::fmt;
+use std::mem;
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use postgres::Client;
+use postgres::{Client, Row};
 use r2d2::{Extensions, ManageConnection, Pool, PooledConnection};
 
 use super::connect::{ConnectError, Connector};
 use super::failure::{Aftermath, Cause, Outcome, failure, is_refusal, no_connection};
-use super::prepared::{SharedSession, is_shared};
+use super::prepared::{Keeping, Prepared, SharedSession, is_shared, is_stale, name_the_pooler};
+use super::session::{Parameters, Query, Session, Unnamed};
 use crate::{Error, Result};
 
 /// How long an operation waits and tries again, if the builder is told nothing else.
@@ -353,6 +355,39 @@ impl PooledClient {
         }
         aftermath
     }
+}
+
+/// With prepared statements if the store wants them.
+impl Session for PooledClient {
+    fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
+        if !self.prepares {
+            return Unnamed(&mut **self).query(query, parameters);
+        }
+        with_statements(self, |mut keeping| keeping.query(query, parameters))
+    }
+
+    fn execute(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<u64> {
+        if !self.prepares {
+            return Unnamed(&mut **self).execute(query, parameters);
+        }
+        with_statements(self, |mut keeping| keeping.execute(query, parameters))
+    }
+}
+
+/// Runs a query with the statements of the connection. One that the server does not know any more,
+/// or would not run again, has done nothing: so it is prepared anew and run once more.
+fn with_statements<T>(
+    connection: &mut PooledClient,
+    run_query: impl Fn(Keeping<'_, Client>) -> Outcome<T>,
+) -> Outcome<T> {
+    let mut statements = mem::take(connection.kept::<Prepared>());
+    let mut outcome = run_query(Keeping { client: connection, statements: &mut statements });
+    if outcome.as_ref().is_err_and(|cause| is_stale(cause.as_ref())) {
+        statements = Prepared::default();
+        outcome = run_query(Keeping { client: connection, statements: &mut statements });
+    }
+    *connection.kept() = statements;
+    outcome.map_err(name_the_pooler)
 }
 
 impl Deref for PooledClient {

@@ -7,14 +7,12 @@
 
 use std::collections::HashMap;
 use std::error::Error as StdError;
-use std::mem;
 
 use postgres::error::SqlState;
 use postgres::{Client, GenericClient, Row, Statement};
 
-use super::connections::PooledClient;
 use super::failure::{Cause, Outcome, sql_state};
-use super::session::{Parameters, Query, Session, Unnamed};
+use super::session::{Parameters, Query, Session};
 
 /// Kept with a connection: its statements, by their text.
 #[derive(Default)]
@@ -51,39 +49,6 @@ impl<C: GenericClient> Session for Keeping<'_, C> {
         let statement = self.statements.prepare(self.client, query)?;
         Ok(self.client.execute(&statement, parameters)?)
     }
-}
-
-/// A pooled connection, with prepared statements if the store wants them.
-impl Session for PooledClient {
-    fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
-        if !self.prepares {
-            return Unnamed(&mut **self).query(query, parameters);
-        }
-        with_statements(self, |mut keeping| keeping.query(query, parameters))
-    }
-
-    fn execute(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<u64> {
-        if !self.prepares {
-            return Unnamed(&mut **self).execute(query, parameters);
-        }
-        with_statements(self, |mut keeping| keeping.execute(query, parameters))
-    }
-}
-
-/// Runs a query with the statements of the connection. One that the server does not know any more,
-/// or would not run again, has done nothing: so it is prepared anew and run once more.
-fn with_statements<T>(
-    connection: &mut PooledClient,
-    run_query: impl Fn(Keeping<'_, Client>) -> Outcome<T>,
-) -> Outcome<T> {
-    let mut statements = mem::take(connection.kept::<Prepared>());
-    let mut outcome = run_query(Keeping { client: connection, statements: &mut statements });
-    if outcome.as_ref().is_err_and(|cause| is_stale(cause.as_ref())) {
-        statements = Prepared::default();
-        outcome = run_query(Keeping { client: connection, statements: &mut statements });
-    }
-    *connection.kept() = statements;
-    outcome.map_err(name_the_pooler)
 }
 
 /// Whether a statement has to be prepared anew, and has not been run.
