@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use postgres::{Client, Row};
-use r2d2::{Extensions, ManageConnection, Pool, PooledConnection};
+use r2d2::{CustomizeConnection, Extensions, ManageConnection, Pool, PooledConnection};
 
 use super::connect::{ConnectError, Connector};
 use super::failure::{Aftermath, Cause, Outcome, failure, is_refusal, no_connection};
@@ -29,7 +29,7 @@ const ROUND: Duration = Duration::from_secs(1);
 /// For how long a connection that has worked is trusted to work still.
 const TRUSTED: Duration = Duration::from_secs(1);
 /// How long a suspect connection may take to answer.
-const TEST_TIMEOUT: Duration = Duration::from_secs(5);
+const TEST_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The connections of one store and all its clones.
 pub(crate) struct Connections {
@@ -63,6 +63,7 @@ impl Connections {
             .connection_timeout(POOL_TIMEOUT)
             .test_on_check_out(false)
             .error_handler(Box::new(r2d2::NopErrorHandler))
+            .connection_customizer(Box::new(LetGo))
             .build_unchecked(manager);
         Self {
             pool: Box::new(pool),
@@ -102,8 +103,11 @@ impl Connections {
         mut statement: impl FnMut(&mut PooledClient) -> Outcome<T>,
     ) -> Result<T> {
         let mut patience = self.patience();
+        let mut unfit = None;
         loop {
-            let mut connection = self.check_out(operation, &subject, &patience)?;
+            let mut connection = self
+                .check_out(operation, &subject, &patience)
+                .map_err(|none| told_before(unfit.take(), none, operation, &subject))?;
             let cause = match statement(&mut connection) {
                 Ok(answer) => {
                     connection.mark_working();
@@ -115,6 +119,7 @@ impl Connections {
             if aftermath == Aftermath::Refused || !patience.pause() {
                 return Err(failure(operation, subject, cause));
             }
+            unfit = (aftermath == Aftermath::Unfit).then_some(cause);
         }
     }
 
@@ -127,8 +132,11 @@ impl Connections {
         mut statement: impl FnMut(&mut PooledClient) -> Outcome<T>,
     ) -> Result<T> {
         let mut patience = self.patience();
+        let mut unfit = None;
         loop {
-            let mut connection = self.check_out_tested(operation, &subject, &mut patience)?;
+            let mut connection = self
+                .check_out_tested(operation, &subject, &mut patience)
+                .map_err(|none| told_before(unfit.take(), none, operation, &subject))?;
             let cause = match statement(&mut connection) {
                 Ok(answer) => {
                     connection.mark_working();
@@ -136,13 +144,15 @@ impl Connections {
                 }
                 Err(cause) => cause,
             };
-            let is_over = match connection.check_in_after(cause.as_ref()) {
+            let aftermath = connection.check_in_after(cause.as_ref());
+            let is_over = match aftermath {
                 Aftermath::Lost | Aftermath::Refused => true,
                 Aftermath::Unfit | Aftermath::RolledBack => false,
             };
             if is_over || !patience.pause() {
                 return Err(failure(operation, subject, cause));
             }
+            unfit = (aftermath == Aftermath::Unfit).then_some(cause);
         }
     }
 
@@ -228,6 +238,20 @@ impl Connections {
             }
         };
         no_connection(operation, subject, cause)
+    }
+}
+
+/// When the time is over while a connection is made in place of one that was thrown away: why that was
+/// says more than that there is none.
+fn told_before(
+    unfit: Option<Cause>,
+    none: Error,
+    operation: &'static str,
+    subject: impl fmt::Display,
+) -> Error {
+    match unfit {
+        Some(cause) => failure(operation, subject, cause),
+        None => none,
     }
 }
 
@@ -526,6 +550,19 @@ impl Connection for Disposable {
 
     fn throw_away(&mut self, _: Responsive) {
         self.thrown_away = true;
+    }
+}
+
+/// Lets go of connections without waiting for them: to drop a client is to wait until its last request
+/// is answered, and that of a server that stands still never is.
+#[derive(Debug)]
+struct LetGo;
+
+impl CustomizeConnection<Disposable, NoConnection> for LetGo {
+    fn on_release(&self, connection: Disposable) {
+        if connection.thrown_away && !connection.client.is_closed() {
+            thread::spawn(move || drop(connection));
+        }
     }
 }
 

@@ -208,8 +208,11 @@ impl PostgresCheckpointStore {
         let mut attempt = Attempt { queries, projection, while_taken, in_doubt: None };
         let mut patience = connections.patience();
         let (mut has_failed, mut losses_while_applying, mut has_prepared_anew) = (false, 0, false);
+        let mut unfit = None;
         loop {
-            let mut client = connections.check_out_tested("begin", subject, &mut patience)?;
+            let mut client = connections
+                .check_out_tested("begin", subject, &mut patience)
+                .map_err(|none| unfit.take().unwrap_or(none))?;
             let ended = match attempt.run(&mut client, &mut apply) {
                 Ok(batch) => {
                     client.mark_working();
@@ -255,6 +258,8 @@ impl PostgresCheckpointStore {
             if !worth_another_try || !patience.pause() {
                 return Err(error);
             }
+            // Why a connection was thrown away says more than that there is no other in time.
+            unfit = matches!(error, Error::Backend { .. }).then_some(error);
         }
     }
 }

@@ -720,6 +720,45 @@ fn a_fail_over_that_leaves_the_old_connections_open_is_no_error_to_anybody() {
     Row::asserted(fault, 1, 0, started.elapsed()).print();
 }
 
+/// Its connections are there, and idle, and nobody answers on them.
+#[test]
+fn a_server_that_stands_still_is_left_with_its_connections_for_the_other_host() {
+    let (frozen, other) = (Server::start(Options::fast()), Server::start(Options::fast()));
+    let params = format!(
+        "host=127.0.0.1,127.0.0.1 port={},{} user=postgres connect_timeout=1",
+        frozen.port(),
+        other.port()
+    );
+    for server in [&frozen, &other] {
+        PostgresCheckpointStore::connect(&server.params()).unwrap().migrate().unwrap();
+    }
+    let store = PostgresCheckpointStore::builder().max_connections(2).connect(&params).unwrap();
+    open_connections(&store, 2);
+    let (mut one, mut two) = (store.connection().unwrap(), store.connection().unwrap());
+    let pid = |client: &mut PooledClient| -> i32 {
+        client.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0)
+    };
+    let processes = [pid(&mut one), pid(&mut two), frozen.pid()];
+    drop((one, two));
+    for process in processes {
+        signal_pid(process, Signal::STOP);
+    }
+    let idle = Instant::now();
+    wait_until("they are not trusted any more", || idle.elapsed() > Duration::from_secs(2));
+    let started = Instant::now();
+    store.advance("orders", 0, 1).unwrap();
+    assert_eq!(lock_and_save(&store, "orders").unwrap(), 2);
+    let waited = started.elapsed();
+    for process in processes {
+        signal_pid(process, Signal::CONT);
+    }
+    assert!(waited < BOUND, "{waited:?}");
+    let there = PostgresCheckpointStore::connect(&other.params()).unwrap();
+    assert_eq!(there.get("orders").unwrap(), 2);
+    let fault = "the server stands still while its connections are idle, another host";
+    Row::asserted(fault, 1, 0, waited).print();
+}
+
 #[test]
 fn a_waiter_is_not_disturbed_by_the_loss_of_others() {
     let schema = Schema::new();
