@@ -1,75 +1,70 @@
-//! Two projections of one stream of events, each event exactly once in each. Copy it, and put your own
-//! events and read models in. `DATABASE_URL=postgres://.. cargo run --example exactly_once`; Ctrl-C ends it.
+//! Two projections of one stream, each event exactly once in each. Copy it, and put in your own tables.
+//! `DATABASE_URL=postgres://.. cargo run --example exactly_once`; Ctrl-C ends it, and `kill -9` may.
 
-use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::{env, thread, time::Duration};
-
-use checkpoint_store::postgres::Transaction;
 use checkpoint_store::{PostgresCheckpointStore, Result};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::{env, process::ExitCode, thread, time::Duration};
 
-/// Appends take turns, so that events are committed in the order of their ids.
+/// Programs that start at once take turns. So do appends, for ids have to be committed in their order.
 const TABLES: &str = "
+    SELECT pg_advisory_xact_lock(hashtext('exactly_once'), 0);
     CREATE TABLE IF NOT EXISTS events (
         id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, customer text NOT NULL, amount bigint NOT NULL);
     CREATE OR REPLACE FUNCTION append_in_turn() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN PERFORM pg_advisory_xact_lock(TG_RELID::bigint); RETURN NULL; END $$;
     CREATE OR REPLACE TRIGGER append_in_turn BEFORE INSERT ON events
         FOR EACH STATEMENT EXECUTE FUNCTION append_in_turn();
-    CREATE TABLE IF NOT EXISTS balances (customer text PRIMARY KEY, balance numeric NOT NULL);
-    CREATE TABLE IF NOT EXISTS revenue (total numeric NOT NULL, events bigint NOT NULL);
-    INSERT INTO revenue SELECT 0, 0 WHERE NOT EXISTS (SELECT FROM revenue);";
+    CREATE TABLE IF NOT EXISTS totals (customer text PRIMARY KEY, total numeric NOT NULL);
+    CREATE TABLE IF NOT EXISTS sizes (hundreds bigint PRIMARY KEY, events bigint NOT NULL);
+    INSERT INTO events (customer, amount) SELECT 'customer ' || n % 3, n FROM generate_series(1, 99) n
+        WHERE NOT EXISTS (SELECT FROM events);";
 
-/// What each projection does with the events after $1, at most 500 of them; the offset of the last.
-const BALANCES: &str = "
-    WITH batch AS (SELECT * FROM events WHERE id > $1 ORDER BY id LIMIT 500),
-         applied AS (INSERT INTO balances AS b SELECT customer, sum(amount) FROM batch GROUP BY customer
-                     ON CONFLICT (customer) DO UPDATE SET balance = b.balance + EXCLUDED.balance)
-    SELECT max(id) FROM batch";
-const REVENUE: &str = "
-    WITH batch AS (SELECT * FROM events WHERE id > $1 ORDER BY id LIMIT 500),
-         applied AS (UPDATE revenue SET total = total + (SELECT COALESCE(sum(amount), 0) FROM batch),
-                                        events = events + (SELECT count(*) FROM batch))
-    SELECT max(id) FROM batch";
+/// What a projection does with a batch of events.
+const TOTALS: &str = "INSERT INTO totals AS t SELECT customer, sum(amount) FROM batch GROUP BY 1
+    ON CONFLICT (customer) DO UPDATE SET total = t.total + EXCLUDED.total";
+const SIZES: &str = "INSERT INTO sizes AS s SELECT amount / 100, count(*) FROM batch GROUP BY 1
+    ON CONFLICT (hundreds) DO UPDATE SET events = s.events + EXCLUDED.events";
 
 static STOP: AtomicBool = AtomicBool::new(false);
 
-fn run(store: &PostgresCheckpointStore, projection: &str, apply: &str) -> Result<()> {
-    let apply_batch = |tx: &mut Transaction<'_>, offset: i64| -> Result<Option<i64>> {
-        Ok(tx.query_one(apply, &[&offset])?.get(0))
-    };
+fn project(store: &PostgresCheckpointStore, name: &str, apply: &str) -> Result<()> {
+    let batch = "SELECT * FROM events WHERE id > $1 ORDER BY id LIMIT 500";
+    let sql = format!("WITH batch AS ({batch}), applied AS ({apply}) SELECT max(id) FROM batch");
     while !STOP.load(Ordering::Relaxed) {
-        match store.project(projection, apply_batch) {
-            Ok(Some(offset)) => println!("{projection} is at {offset}"),
-            Ok(None) => thread::sleep(Duration::from_millis(100)), // nothing new
-            Err(error) if error.is_transient() => eprintln!("{projection}: {}", error.report()),
-            Err(error) => return Err(error),
+        match store.project(name, |tx, offset| Ok(tx.query_one(&sql, &[&offset])?.get(0))) {
+            Ok(Some(offset)) => println!("{name} is at {offset}"),
+            Ok(None) => thread::sleep(Duration::from_millis(200)), // nothing new
+            Err(error) if !error.is_transient() => return Err(error),
+            Err(error) => {
+                eprintln!("{name} tries again: {}", error.report());
+                thread::sleep(Duration::from_secs(1));
+            }
         }
     }
     Ok(())
 }
 
-fn main() -> ExitCode {
-    let Ok(url) = env::var("DATABASE_URL") else {
-        eprintln!("error: DATABASE_URL is not set");
-        return ExitCode::FAILURE;
-    };
-    ctrlc::set_handler(|| STOP.store(true, Ordering::Relaxed)).expect("no other handler");
-    let worked = PostgresCheckpointStore::connect(&url).and_then(|store| {
-        store.migrate()?;
-        store.connection()?.batch_execute(TABLES)?;
-        thread::scope(|scope| {
-            let balances = scope.spawn(|| run(&store, "balances", BALANCES));
-            let revenue = run(&store, "revenue", REVENUE);
-            STOP.store(true, Ordering::Relaxed); // if the one has failed, the other ends too
-            revenue.and(balances.join().expect("no panic"))
-        })
-    });
-    match worked {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {}", error.report());
-            ExitCode::FAILURE
+fn run(url: &str) -> Result<()> {
+    let store = &PostgresCheckpointStore::connect(url)?;
+    store.migrate()?;
+    store.connection()?.batch_execute(TABLES)?;
+    thread::scope(|scope| {
+        let threads = [("totals", TOTALS), ("sizes", SIZES)]
+            .map(|(name, apply)| scope.spawn(move || project(store, name, apply)));
+        while !threads.iter().any(thread::ScopedJoinHandle::is_finished) {
+            thread::sleep(Duration::from_millis(50));
         }
+        STOP.store(true, Ordering::Relaxed); // when one has failed the other ends too
+        threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
+    })
+}
+
+fn main() -> ExitCode {
+    ctrlc::set_handler(|| STOP.store(true, Ordering::Relaxed)).expect("no other handler");
+    match env::var("DATABASE_URL").map(|url| run(&url)) {
+        Ok(Ok(())) => return ExitCode::SUCCESS,
+        Ok(Err(error)) => eprintln!("error: {}", error.report()),
+        Err(_) => eprintln!("error: DATABASE_URL does not say which database to use"),
     }
+    ExitCode::FAILURE
 }

@@ -17,7 +17,7 @@ use checkpoint_store::postgres::{Client, NoTls};
 use checkpoint_store::r2d2::Pool;
 use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
 
-pub(crate) use example::{example, stderr, stdout};
+pub(crate) use example::{Running, example, failure, stderr, stdout, success};
 pub(crate) use gate::Gate;
 pub(crate) use guard::{Guard, kill_process, signal, signal_pid};
 pub(crate) use network::Network;
