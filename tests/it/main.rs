@@ -36,3 +36,4 @@ mod threaded_batch;
 mod tls;
 mod transactions;
 mod watermark;
+mod worker_pool;

@@ -1,0 +1,102 @@
+//! Few threads, many projections: each thread takes one that is behind and that no other worker has.
+//! Each event counts exactly once in each, however many threads and programs share them.
+//! `DATABASE_URL=postgres://.. cargo run --example worker_pool`; Ctrl-C ends it, and `kill -9` may.
+
+use checkpoint_store::{Batch, CheckpointStore, PostgresCheckpointStore, Result};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::{collections::HashMap, env, process::ExitCode, thread, time::Duration};
+
+const TENANTS: i64 = 30;
+const THREADS: [i64; 3] = [0, 10, 20]; // the tenant that each begins with, so that they seldom meet
+
+/// Programs that start at once take turns. So do appends, for ids have to be committed in their order.
+const TABLES: &str = "
+    SELECT pg_advisory_xact_lock(hashtext('worker_pool'), 0);
+    CREATE TABLE IF NOT EXISTS sales (
+        id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, tenant bigint NOT NULL, amount bigint NOT NULL);
+    CREATE OR REPLACE FUNCTION append_in_turn() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM pg_advisory_xact_lock(TG_RELID::bigint); RETURN NULL; END $$;
+    CREATE OR REPLACE TRIGGER append_in_turn BEFORE INSERT ON sales
+        FOR EACH STATEMENT EXECUTE FUNCTION append_in_turn();
+    CREATE TABLE IF NOT EXISTS revenue (tenant bigint PRIMARY KEY, total numeric NOT NULL);
+    INSERT INTO sales (tenant, amount) SELECT n % 30, n FROM generate_series(1, 900) n
+        WHERE NOT EXISTS (SELECT FROM sales);";
+
+/// Applies what is the tenant's, and returns the last event that was read, whosever it is: otherwise
+/// a tenant without news would read the same events for ever.
+const APPLY: &str = "
+    WITH batch AS (SELECT * FROM sales WHERE id > $1 ORDER BY id LIMIT 500),
+         applied AS (INSERT INTO revenue AS r
+                     SELECT tenant, sum(amount) FROM batch WHERE tenant = $2 GROUP BY tenant
+                     ON CONFLICT (tenant) DO UPDATE SET total = r.total + EXCLUDED.total)
+    SELECT max(id) FROM batch";
+
+static STOP: AtomicBool = AtomicBool::new(false);
+
+/// Goes once over all projections, and returns how many of them have moved.
+fn round(store: &PostgresCheckpointStore, first: i64) -> Result<usize> {
+    // Two reads find out which are behind. To take each of them would cost far more.
+    let head = store.connection()?.query_one("SELECT COALESCE(max(id), 0) FROM sales", &[])?;
+    let (head, all): (i64, _) = (head.get(0), store.all()?.into_iter());
+    let checkpoints: HashMap<_, _> = all.map(|found| (found.projection, found.offset)).collect();
+    let mut moved = 0;
+    for tenant in (0..TENANTS).map(|number| (first + number) % TENANTS) {
+        let name = format!("revenue/{tenant}");
+        let is_behind = checkpoints.get(&name).copied().unwrap_or(0) < head;
+        if !is_behind || STOP.load(Ordering::Relaxed) {
+            continue;
+        }
+        let batch = store.try_project(&name, |tx, offset| {
+            let last = tx.query_one(APPLY, &[&offset, &tenant])?;
+            Ok(last.get(0))
+        });
+        match batch {
+            Ok(Batch::Committed(offset)) => {
+                println!("{name} is at {offset}");
+                moved += 1;
+            }
+            Ok(_) => {} // another worker has it, or has done it
+            Err(error) => eprintln!("{name} is left for the next round: {}", error.report()),
+        }
+    }
+    Ok(moved)
+}
+
+fn work(store: &PostgresCheckpointStore, first: i64) -> Result<()> {
+    while !STOP.load(Ordering::Relaxed) {
+        match round(store, first) {
+            Ok(0) => thread::sleep(Duration::from_millis(200)), // nothing new
+            Ok(_) => {}
+            Err(error) if !error.is_transient() => return Err(error),
+            Err(error) => {
+                eprintln!("trying again: {}", error.report());
+                thread::sleep(Duration::from_secs(1));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn run(url: &str) -> Result<()> {
+    let store = &PostgresCheckpointStore::connect(url)?;
+    store.migrate()?;
+    store.connection()?.batch_execute(TABLES)?;
+    thread::scope(|scope| {
+        let threads = THREADS.map(|first| scope.spawn(move || work(store, first)));
+        while !threads.iter().any(thread::ScopedJoinHandle::is_finished) {
+            thread::sleep(Duration::from_millis(50));
+        }
+        STOP.store(true, Ordering::Relaxed); // when one has failed the others end too
+        threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
+    })
+}
+
+fn main() -> ExitCode {
+    ctrlc::set_handler(|| STOP.store(true, Ordering::Relaxed)).expect("no other handler");
+    match env::var("DATABASE_URL").map(|url| run(&url)) {
+        Ok(Ok(())) => return ExitCode::SUCCESS,
+        Ok(Err(error)) => eprintln!("error: {}", error.report()),
+        Err(_) => eprintln!("error: DATABASE_URL does not say which database to use"),
+    }
+    ExitCode::FAILURE
+}
