@@ -342,6 +342,11 @@ thread_local! {
     static LIMIT: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
+/// Between the look and the write of a store that is not in this process.
+fn over_the_network() {
+    std::thread::sleep(Duration::from_micros(50));
+}
+
 /// What depends on who comes first is found every time.
 fn assert_found_each_time(broken: fn() -> Box<dyn CheckpointStore>, promises: &[&str]) {
     for _ in 0..5 {
@@ -356,6 +361,7 @@ fn deletes_that_are_both_told_true_are_found() {
         Box::new(Broken {
             delete: |this, name| {
                 let was_there = this.memory.find(name)?.is_some();
+                over_the_network();
                 this.memory.delete(name)?;
                 Ok(was_there)
             },
@@ -380,6 +386,7 @@ fn an_advance_that_overwrites_a_save_is_found() {
                 if found != from {
                     return this.memory.advance(name, from, to);
                 }
+                over_the_network();
                 this.memory.save(name, to)
             },
             ..Broken::default()
