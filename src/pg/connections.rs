@@ -529,6 +529,8 @@ impl Connection for Client {
         if server == Responsive::Yes {
             // It ends this very session, so there is no other answer than an error.
             let _ = self.batch_execute("ROLLBACK; SELECT pg_terminate_backend(pg_backend_pid())");
+            // And it is seen to be closed only by who asks once more.
+            let _ = self.batch_execute("");
         }
     }
 }
