@@ -210,9 +210,10 @@ impl Error {
     ///
     /// Take a new connection for the next try: one that was lost stays lost.
     ///
-    /// Two refusals cannot be told from an outage, and so look transient: all that `PgBouncer`
-    /// refuses, for it gives everything, a wrong password too, the code 08P01; and what a pool of
-    /// the caller's own cannot connect to, because `r2d2` keeps of the cause no more than a text.
+    /// Some refusals cannot be told from an outage, and so look transient: all that `PgBouncer`
+    /// refuses, for it gives everything, a wrong password too, the code 08P01; those of class XX, for
+    /// pgpool says XX000 while its server is away; and what a pool of the caller's own cannot connect
+    /// to, because `r2d2` keeps of the cause no more than a text.
     ///
     /// # Examples
     ///

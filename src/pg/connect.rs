@@ -1,6 +1,6 @@
 //! One connection: which host is asked, for how long, and what its refusal says.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Read, Write};
@@ -17,6 +17,8 @@ use postgres::{Client, Config, Socket};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long a login may take beyond the time that the network has.
 const LOGIN_MARGIN: Duration = Duration::from_secs(1);
+/// The longest pause between two logins at a peer that answers a knock, and no login.
+const LONGEST_LOGIN_PAUSE: Duration = Duration::from_secs(60);
 /// How long data that was sent may stay unacknowledged.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(10);
 /// When, how often and how many times a silent peer is asked whether it is there.
@@ -54,7 +56,7 @@ pub(crate) struct Connector {
     patience: Duration,
     login: Arc<Login>,
     /// Who has not answered the last attempt.
-    silent: Arc<Mutex<HashSet<Address>>>,
+    silent: Arc<Mutex<HashMap<Address, Silence>>>,
 }
 
 type Login = dyn Fn(&Config) -> Result<Client, postgres::Error> + Send + Sync;
@@ -78,6 +80,12 @@ enum Address {
     Tcp(SocketAddr),
     #[cfg(unix)]
     Unix(std::path::PathBuf),
+}
+
+/// When the next login is tried at a peer that owes an answer to one, and how long after it another.
+struct Silence {
+    next_login: Instant,
+    pause: Duration,
 }
 
 /// Why no connection was made.
@@ -176,9 +184,10 @@ impl Connector {
     fn attempt(&self, config: Config, address: Option<Address>) -> Result<Client, ConnectError> {
         // A login that nobody answers cannot be called off, and keeps a thread. So whoever has been
         // silent has to answer a knock first: of an outage no more threads are left than began to
-        // log in before it was noticed.
+        // log in before it was noticed. One that answers that and no more, as PgBouncer does while
+        // its server is away, is asked ever more rarely.
         if let Some(silent) = address.as_ref().filter(|address| self.is_silent(Some(address))) {
-            if !answers(silent, self.patience) {
+            if !self.expects_a_login(silent, answers(silent, self.patience)) {
                 return Err(self.no_answer(silent.to_string()));
             }
         }
@@ -194,20 +203,48 @@ impl Connector {
             return outcome.map_err(ConnectError::Failed);
         }
         let whom = address.as_ref().map_or_else(|| "the server".to_owned(), Address::to_string);
-        self.silent().extend(address);
+        if let Some(address) = address {
+            self.silent().entry(address).or_insert_with(|| Silence::new(self.patience));
+        }
         Err(self.no_answer(whom))
+    }
+
+    /// Whether a login is to be tried at a peer that has answered the knock, or has not.
+    fn expects_a_login(&self, address: &Address, has_answered: bool) -> bool {
+        let mut silent = self.silent();
+        let Some(silence) = silent.get_mut(address) else { return true };
+        if !has_answered {
+            *silence = Silence::new(self.patience);
+        }
+        has_answered && silence.is_time_for_a_login()
     }
 
     fn no_answer(&self, whom: String) -> ConnectError {
         ConnectError::NoAnswer { whom, within: self.patience }
     }
 
-    fn silent(&self) -> MutexGuard<'_, HashSet<Address>> {
+    fn silent(&self) -> MutexGuard<'_, HashMap<Address, Silence>> {
         self.silent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn is_silent(&self, address: Option<&Address>) -> bool {
-        address.is_some_and(|address| self.silent().contains(address))
+        address.is_some_and(|address| self.silent().contains_key(address))
+    }
+}
+
+impl Silence {
+    fn new(pause: Duration) -> Self {
+        Self { next_login: Instant::now(), pause }
+    }
+
+    fn is_time_for_a_login(&mut self) -> bool {
+        let now = Instant::now();
+        let is_time = now >= self.next_login;
+        if is_time {
+            self.next_login = now + self.pause;
+            self.pause = (self.pause * 2).min(LONGEST_LOGIN_PAUSE);
+        }
+        is_time
     }
 }
 

@@ -39,7 +39,7 @@ pub(crate) struct Connections {
     prepares: bool,
     /// Where the builder has made the pool.
     ours: Option<Ours>,
-    last_loss: Arc<LastLoss>,
+    found: Arc<Found>,
 }
 
 /// What is known of connections that were made by the [`Manager`].
@@ -65,13 +65,7 @@ impl Connections {
             .error_handler(Box::new(r2d2::NopErrorHandler))
             .connection_customizer(Box::new(LetGo))
             .build_unchecked(manager);
-        Self {
-            pool: Box::new(pool),
-            timeout,
-            prepares,
-            ours: Some(ours),
-            last_loss: Arc::default(),
-        }
+        Self { pool: Box::new(pool), timeout, prepares, ours: Some(ours), found: Arc::default() }
     }
 
     /// A pool of the caller's own, and its time-out unless there is another.
@@ -80,15 +74,16 @@ impl Connections {
         M: ManageConnection<Connection = Client>,
     {
         let timeout = timeout.unwrap_or_else(|| pool.connection_timeout());
-        Self { pool: Box::new(pool), timeout, prepares, ours: None, last_loss: Arc::default() }
+        Self { pool: Box::new(pool), timeout, prepares, ours: None, found: Arc::default() }
     }
 
     pub(crate) fn state(&self) -> r2d2::State {
         self.pool.state()
     }
 
-    pub(crate) fn note_loss(&self) {
-        self.last_loss.is_now();
+    /// What was found out in the caller's transaction makes other connections suspect.
+    pub(crate) fn note(&self, aftermath: Aftermath) {
+        self.found.note(aftermath);
     }
 
     pub(crate) fn patience(&self) -> Patience {
@@ -106,7 +101,12 @@ impl Connections {
         let mut unfit = None;
         loop {
             let mut connection = self
-                .check_out(operation, &subject, &patience)
+                .check_out_unless(
+                    PooledClient::may_be_read_only,
+                    operation,
+                    &subject,
+                    &mut patience,
+                )
                 .map_err(|none| told_before(unfit.take(), none, operation, &subject))?;
             let cause = match statement(&mut connection) {
                 Ok(answer) => {
@@ -119,7 +119,7 @@ impl Connections {
             if aftermath == Aftermath::Refused || !patience.pause() {
                 return Err(failure(operation, subject, cause));
             }
-            unfit = (aftermath == Aftermath::Unfit).then_some(cause);
+            unfit = aftermath.is_of_the_connection().then_some(cause);
         }
     }
 
@@ -147,12 +147,12 @@ impl Connections {
             let aftermath = connection.check_in_after(cause.as_ref());
             let is_over = match aftermath {
                 Aftermath::Lost | Aftermath::Refused => true,
-                Aftermath::Unfit | Aftermath::RolledBack => false,
+                Aftermath::Unfit | Aftermath::ReadOnly | Aftermath::RolledBack => false,
             };
             if is_over || !patience.pause() {
                 return Err(failure(operation, subject, cause));
             }
-            unfit = (aftermath == Aftermath::Unfit).then_some(cause);
+            unfit = aftermath.is_of_the_connection().then_some(cause);
         }
     }
 
@@ -164,16 +164,29 @@ impl Connections {
         subject: impl fmt::Display,
         patience: &mut Patience,
     ) -> Result<PooledClient> {
+        self.check_out_unless(PooledClient::is_suspect, operation, subject, patience)
+    }
+
+    /// Takes a connection, and where it is in doubt one that has been tested.
+    fn check_out_unless(
+        &self,
+        is_in_doubt: fn(&mut PooledClient) -> bool,
+        operation: &'static str,
+        subject: impl fmt::Display,
+        patience: &mut Patience,
+    ) -> Result<PooledClient> {
         loop {
             let mut connection = self.check_out(operation, &subject, patience)?;
-            if connection.is_trusted() {
+            if !is_in_doubt(&mut connection) {
                 return Ok(connection);
             }
-            match connection.is_valid(TEST_TIMEOUT) {
-                Ok(()) => {
-                    connection.mark_working();
+            let tested = connection.is_valid(TEST_TIMEOUT);
+            match tested.and_then(|()| connection.has_become_read_only()) {
+                Ok(false) => {
+                    connection.mark_tested();
                     return Ok(connection);
                 }
+                Ok(true) => connection.item.throw_away(Responsive::Yes),
                 Err(cause) => {
                     connection.item.throw_away(Responsive::No);
                     if !patience.pause() {
@@ -212,7 +225,7 @@ impl Connections {
         if self.ours.as_ref().is_some_and(Ours::found_shared_session) {
             return Err(failure(operation, subject, SharedSession { cause: None }));
         }
-        Ok(PooledClient { item, prepares: self.prepares, last_loss: Arc::clone(&self.last_loss) })
+        Ok(PooledClient { item, prepares: self.prepares, found: Arc::clone(&self.found) })
     }
 
     /// A refused password, say: no connection is left to come back, and waiting brings no new one.
@@ -301,11 +314,28 @@ impl Patience {
     }
 }
 
-/// When a connection was last found to be gone.
+/// When one connection last told of what may have happened to the others.
 #[derive(Default)]
-struct LastLoss(Mutex<Option<Instant>>);
+struct Found {
+    loss: Last,
+    read_only: Last,
+}
 
-impl LastLoss {
+impl Found {
+    fn note(&self, aftermath: Aftermath) {
+        match aftermath {
+            Aftermath::Lost => self.loss.is_now(),
+            Aftermath::ReadOnly => self.read_only.is_now(),
+            Aftermath::Unfit | Aftermath::RolledBack | Aftermath::Refused => {}
+        }
+    }
+}
+
+/// When something has happened for the last time.
+#[derive(Default)]
+struct Last(Mutex<Option<Instant>>);
+
+impl Last {
     fn is_now(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
     }
@@ -336,12 +366,19 @@ impl LastLoss {
 pub struct PooledClient {
     item: Box<dyn Item>,
     pub(crate) prepares: bool,
-    last_loss: Arc<LastLoss>,
+    found: Arc<Found>,
 }
 
-/// Kept with a connection: when it was last known to work.
-#[derive(Default)]
-struct LastWorked(Option<Instant>);
+/// Kept with a connection: when it was last known to work, and since when it is known to lead where
+/// one can write, as far as anybody has noticed.
+#[derive(Clone, Copy, Default)]
+struct Known(Option<Times>);
+
+#[derive(Clone, Copy)]
+struct Times {
+    worked: Instant,
+    writable_since: Instant,
+}
 
 impl PooledClient {
     /// What r2d2 keeps with the connection for as long as it lives.
@@ -357,24 +394,51 @@ impl PooledClient {
         self.item.extensions().remove::<T>();
     }
 
-    fn is_trusted(&mut self) -> bool {
-        let LastWorked(at) = *self.kept();
-        at.is_some_and(|at| at.elapsed() < TRUSTED && self.last_loss.is_before(at))
+    /// Whether it may be lost, or lead to a server that has become read-only.
+    fn is_suspect(&mut self) -> bool {
+        let Known(times) = *self.kept();
+        self.may_be_read_only()
+            || times.is_none_or(|Times { worked, .. }| {
+                worked.elapsed() >= TRUSTED || !self.found.loss.is_before(worked)
+            })
+    }
+
+    /// Whether it is from before a server was found to be read-only. One that has been made since
+    /// leads to where the parameters lead now, whatever that is.
+    fn may_be_read_only(&mut self) -> bool {
+        let Known(times) = *self.kept();
+        times.is_some_and(|Times { writable_since, .. }| {
+            !self.found.read_only.is_before(writable_since)
+        })
+    }
+
+    /// Asked of no other: what a fresh one leads to is for the caller's statement to find out.
+    fn has_become_read_only(&mut self) -> Result<bool, postgres::Error> {
+        if !self.may_be_read_only() {
+            return Ok(false);
+        }
+        let sql = "SELECT pg_catalog.current_setting('transaction_read_only') = 'on'";
+        self.query_typed_one(sql, &[])?.try_get(0)
     }
 
     pub(crate) fn mark_working(&mut self) {
-        *self.kept() = LastWorked(Some(Instant::now()));
+        let now = Instant::now();
+        let Known(times) = self.kept();
+        times.get_or_insert(Times { worked: now, writable_since: now }).worked = now;
+    }
+
+    fn mark_tested(&mut self) {
+        let now = Instant::now();
+        *self.kept() = Known(Some(Times { worked: now, writable_since: now }));
     }
 
     /// Gives the connection back, or throws it away if this has made it useless.
     pub(crate) fn check_in_after(mut self, cause: &(dyn std::error::Error + 'static)) -> Aftermath {
         let aftermath = Aftermath::of(cause);
+        self.found.note(aftermath);
         match aftermath {
-            Aftermath::Lost => {
-                self.last_loss.is_now();
-                self.item.throw_away(Responsive::No);
-            }
-            Aftermath::Unfit => self.item.throw_away(Responsive::Yes),
+            Aftermath::Lost => self.item.throw_away(Responsive::No),
+            Aftermath::Unfit | Aftermath::ReadOnly => self.item.throw_away(Responsive::Yes),
             Aftermath::RolledBack | Aftermath::Refused => {}
         }
         aftermath
@@ -432,7 +496,7 @@ impl Drop for PooledClient {
     fn drop(&mut self) {
         // Whatever the caller has run on it may have lost it.
         if self.is_closed() {
-            self.last_loss.is_now();
+            self.found.loss.is_now();
         }
     }
 }
@@ -495,7 +559,7 @@ where
     }
 
     fn throw_away(&mut self, server: Responsive) {
-        PooledConnection::extensions_mut(self).remove::<LastWorked>();
+        PooledConnection::extensions_mut(self).remove::<Known>();
         (**self).throw_away(server);
     }
 }

@@ -17,9 +17,10 @@ pub(crate) type Outcome<T> = Result<T, Cause>;
 pub(crate) enum Aftermath {
     /// The connection is gone, and with it the knowledge of what the server did last.
     Lost,
-    /// Nothing, and it never will on this connection: the server has become read-only, or a failed
-    /// transaction was left open.
+    /// Nothing, and it never will on this connection: a failed transaction was left open.
     Unfit,
+    /// Nothing, and it never will on this connection: the server has become read-only.
+    ReadOnly,
     /// Nothing: the server has rolled it back because of others at the same time.
     RolledBack,
     /// Nothing: it was refused.
@@ -33,14 +34,18 @@ impl Aftermath {
             return Self::Lost;
         }
         match error.code() {
-            Some(&SqlState::READ_ONLY_SQL_TRANSACTION | &SqlState::IN_FAILED_SQL_TRANSACTION) => {
-                Self::Unfit
-            }
+            Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => Self::Unfit,
+            Some(&SqlState::READ_ONLY_SQL_TRANSACTION) => Self::ReadOnly,
             Some(&SqlState::T_R_SERIALIZATION_FAILURE | &SqlState::T_R_DEADLOCK_DETECTED) => {
                 Self::RolledBack
             }
             _ => Self::Refused,
         }
+    }
+
+    /// Whether another connection may be a better one.
+    pub(crate) fn is_of_the_connection(self) -> bool {
+        matches!(self, Self::Unfit | Self::ReadOnly)
     }
 }
 
@@ -163,14 +168,17 @@ fn is_shortage_or_rivalry(code: &SqlState) -> bool {
 pub(crate) fn is_refusal(cause: &(dyn StdError + 'static)) -> bool {
     const CONNECTION_EXCEPTION: &str = "08";
     const OPERATOR_INTERVENTION: &str = "57P";
+    const INTERNAL_ERROR: &str = "XX";
     let Some(error) = postgres_error(cause) else { return false };
     match error.code() {
         Some(code) => {
-            // PgBouncer gives all its refusals the code 08P01, a wrong password's too.
+            // PgBouncer gives all its refusals the code 08P01, a wrong password's too; pgpool says
+            // XX000 while the server behind it is away.
             let class = |class| code.code().starts_with(class);
             !(is_shortage_or_rivalry(code)
                 || class(CONNECTION_EXCEPTION)
-                || class(OPERATOR_INTERVENTION))
+                || class(OPERATOR_INTERVENTION)
+                || class(INTERNAL_ERROR))
         }
         None => !is_connection_loss(error) || is_refused_by_tls(error),
     }

@@ -48,7 +48,7 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 /// | What happens to the connection | What the store does |
 /// |---|---|
 /// | it is lost: the server was restarted, the backend ended, FATAL or PANIC | `find`, `get`, `all`, `save`, `save_many` and `delete` run again on a fresh one; `advance` is `Unavailable`, for a second one would find the first one's offset: read the offset again |
-/// | it is suspect: it has not worked for a second, or not since the last loss | `advance` and [`connection`](Self::connection) test it first, at the price of a round trip, so an outage is at most one error to who is in a call and none to who comes after |
+/// | it is suspect: it has not worked since the last loss, since a server was found to be read-only, or for a second | `advance` and [`connection`](Self::connection) test it first, at the price of a round trip, so an outage, or a server that turns read-only under the caller's transactions, is at most one error to who is in a call and none to who comes after |
 /// | the server has become read-only (25006), or a failed transaction was left open (25P02) | nothing was executed: it is thrown away, and every operation, `advance` too, runs again on a fresh one |
 /// | the server rolls back because of others: a deadlock, a serialization failure | nothing has happened: it runs again |
 ///

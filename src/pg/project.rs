@@ -267,7 +267,7 @@ impl PostgresCheckpointStore {
 /// Whether nothing has happened, or the lock will tell.
 fn is_undone(aftermath: Aftermath) -> bool {
     match aftermath {
-        Aftermath::Lost | Aftermath::Unfit | Aftermath::RolledBack => true,
+        Aftermath::Lost | Aftermath::Unfit | Aftermath::ReadOnly | Aftermath::RolledBack => true,
         Aftermath::Refused => false,
     }
 }
@@ -370,9 +370,8 @@ impl Attempt<'_> {
 /// Whether the closure's error says that the server has undone its work because of others.
 fn is_undone_by_others(error: &Error) -> bool {
     postgres_error(error).is_some_and(|cause| match Aftermath::of(cause) {
-        Aftermath::RolledBack => true,
-        Aftermath::Unfit => cause.code() == Some(&SqlState::READ_ONLY_SQL_TRANSACTION),
-        Aftermath::Lost | Aftermath::Refused => false,
+        Aftermath::RolledBack | Aftermath::ReadOnly => true,
+        Aftermath::Lost | Aftermath::Unfit | Aftermath::Refused => false,
     })
 }
 

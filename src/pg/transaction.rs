@@ -283,9 +283,7 @@ impl InTransaction<'_, '_> {
     }
 
     fn failed(&self, operation: &'static str, subject: impl fmt::Display, cause: Cause) -> Error {
-        if Aftermath::of(cause.as_ref()) == Aftermath::Lost {
-            self.connections.note_loss();
-        }
+        self.connections.note(Aftermath::of(cause.as_ref()));
         failure(operation, subject, cause)
     }
 }

@@ -198,6 +198,71 @@ fn a_proxy_that_leads_to_another_server_while_the_old_one_keeps_its_connections_
 }
 
 #[test]
+fn of_transactions_that_are_nothing_but_the_callers_one_finds_out_that_the_server_is_read_only() {
+    let (old, new) = (Server::start(Options::fast()), Server::start(Options::fast()));
+    let gate = Gate::to(old.port());
+    for server in [&old, &new] {
+        PostgresCheckpointStore::connect(&server.params()).unwrap().migrate().unwrap();
+    }
+    let (mut errors, mut longest) = (0, Duration::ZERO);
+    for (name, store) in ["ours", "theirs"].into_iter().zip(both_kinds(&gate.params(), 4)) {
+        gate.lead_to(old.port());
+        open_connections(&store, 4);
+        lock_and_save(&store, name).unwrap();
+        set_read_only(&old, true);
+        gate.lead_to(new.port());
+        let started = Instant::now();
+        let refused: Vec<_> = (0..10).filter_map(|_| lock_and_save(&store, name).err()).collect();
+        longest = longest.max(started.elapsed());
+        assert!(refused.len() <= 1, "{refused:?}");
+        for error in &refused {
+            assert!(error.is_transient(), "{error:?}");
+            assert_eq!(sql_state(error).as_deref(), Some("25006"));
+        }
+        errors += refused.len();
+        let there = PostgresCheckpointStore::connect(&new.params()).unwrap();
+        assert_eq!(there.get(name).unwrap(), 10 - i64::try_from(refused.len()).unwrap());
+        // Where the fresh connection leads to a read-only server too, it is given out all the same.
+        set_read_only(&new, true);
+        for _ in 0..3 {
+            let error = lock_and_save(&store, name).unwrap_err();
+            assert_eq!(sql_state(&error).as_deref(), Some("25006"));
+        }
+        assert_eq!(store.get(name).unwrap(), there.get(name).unwrap());
+        set_read_only(&new, false);
+        set_read_only(&old, false);
+    }
+    let fault = "the server turns read-only and keeps its connections: lock, save, commit";
+    Row::asserted(fault, 2, errors, longest).print();
+}
+
+#[test]
+fn once_a_server_is_found_to_be_read_only_nobody_reads_there_any_more() {
+    let (old, new) = (Server::start(Options::fast()), Server::start(Options::fast()));
+    let gate = Gate::to(old.port());
+    for (server, offset) in [(&old, 1), (&new, 2)] {
+        let there = PostgresCheckpointStore::connect(&server.params()).unwrap();
+        there.migrate().unwrap();
+        there.save("orders", offset).unwrap();
+    }
+    for store in both_kinds(&gate.params(), 4) {
+        gate.lead_to(old.port());
+        open_connections(&store, 4);
+        for _ in 0..4 {
+            assert_eq!(store.get("orders").unwrap(), 1);
+        }
+        set_read_only(&old, true);
+        gate.lead_to(new.port());
+        let error = lock_and_save(&store, "orders").unwrap_err();
+        assert_eq!(sql_state(&error).as_deref(), Some("25006"));
+        for _ in 0..10 {
+            assert_eq!(store.get("orders").unwrap(), 2);
+        }
+        set_read_only(&old, false);
+    }
+}
+
+#[test]
 fn one_server_that_stays_read_only_is_a_clear_error_in_the_end_and_one_that_recovers_is_none() {
     let server = Server::start(Options::fast());
     let patient = PostgresCheckpointStore::connect(&server.params()).unwrap();
@@ -462,6 +527,54 @@ fn a_proxy_that_was_mute_for_a_while_is_found_again_and_few_are_left_waiting_for
     assert!(longest < BOUND, "{longest:?}");
     let fault = "a proxy accepts and says nothing, 6 calls waiting (wait: after it was back)";
     Row::asserted(fault, 2, 0, longest).print();
+}
+
+#[test]
+fn a_peer_that_answers_a_knock_and_no_login_is_asked_ever_more_rarely() {
+    let server = Server::start(Options::fast());
+    let gate = Gate::to(server.port());
+    let params = format!("{} connect_timeout=1", gate.params());
+    let store = PostgresCheckpointStore::connect(&params).unwrap();
+    store.migrate().unwrap();
+    gate.answer_knocks_only();
+    end_sessions(&mut server.client());
+    let accepted = gate.accepted();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| store.save("orders", 1));
+        wait_until("it has been asked again and again", || gate.accepted() > accepted + 15);
+        // Three before it was noticed, and one 2 s later, one 4 s after that, and so on.
+        assert!(gate.unanswered() <= 8, "{}", gate.unanswered());
+        gate.lead_to(server.port());
+        waiting.join().unwrap().unwrap();
+    });
+    assert_eq!(store.get("orders").unwrap(), 1);
+}
+
+#[test]
+fn a_proxy_that_refuses_while_its_server_is_away_is_waited_for() {
+    let server = Server::start(Options::fast());
+    let gate = Gate::to(server.port());
+    let store = PostgresCheckpointStore::connect(&gate.params()).unwrap();
+    store.migrate().unwrap();
+    store.save("orders", 1).unwrap();
+    gate.refuse();
+    let error = PostgresCheckpointStore::connect(&gate.params()).unwrap_err();
+    assert!(matches!(error, Error::Unavailable { .. }) && error.is_transient(), "{error:?}");
+    assert_eq!(sql_state(&error).as_deref(), Some("XX000"));
+
+    end_sessions(&mut server.client());
+    thread::scope(|scope| {
+        let started = Instant::now();
+        let waiting = scope.spawn(|| {
+            store.save("orders", 2)?;
+            store.get("orders")
+        });
+        // A password that was refused would have been given up by now.
+        thread::sleep(Duration::from_secs(4));
+        gate.lead_to(server.port());
+        assert_eq!(waiting.join().unwrap().unwrap(), 2);
+        assert!(started.elapsed() < BOUND, "{:?}", started.elapsed());
+    });
 }
 
 #[test]

@@ -3,9 +3,11 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 /// Takes connections like a proxy, and does with each new one what it is told at the moment: leads it
-/// to a server, or accepts it and never says a word.
+/// to a server, accepts it and never says a word, refuses it as pgpool does, or lets it wait as PgBouncer
+/// does.
 pub(crate) struct Gate {
     port: u16,
     server: Arc<AtomicU16>,
@@ -22,6 +24,8 @@ struct Forgery {
 }
 
 const MUTE: u16 = 0;
+const REFUSING: u16 = 1;
+const ANSWERING_KNOCKS: u16 = 2;
 
 impl Gate {
     pub(crate) fn to(server_port: u16) -> Self {
@@ -48,6 +52,12 @@ impl Gate {
                             unanswered.fetch_sub(1, Ordering::SeqCst);
                         });
                     }
+                    ANSWERING_KNOCKS => {
+                        let (server, unanswered) = (Arc::clone(&server), Arc::clone(&unanswered));
+                        let forged = Arc::clone(&forged);
+                        thread::spawn(move || let_wait(client, &server, &unanswered, forged));
+                    }
+                    REFUSING => drop(thread::spawn(move || refuse(client))),
                     port => {
                         let server = TcpStream::connect(("127.0.0.1", port)).expect("the server");
                         lead(&client, &server, Arc::clone(&forged));
@@ -69,6 +79,16 @@ impl Gate {
 
     pub(crate) fn fall_silent(&self) {
         self.lead_to(MUTE);
+    }
+
+    /// New connections are refused from now on.
+    pub(crate) fn refuse(&self) {
+        self.lead_to(REFUSING);
+    }
+
+    /// New connections are told that there is no TLS, and a login waits until they are led somewhere.
+    pub(crate) fn answer_knocks_only(&self) {
+        self.lead_to(ANSWERING_KNOCKS);
     }
 
     /// Has the client told instead of the next answer that it has lost its session; once. The server
@@ -94,6 +114,41 @@ impl Gate {
     pub(crate) fn unanswered(&self) -> usize {
         self.unanswered.load(Ordering::SeqCst)
     }
+}
+
+/// What pgpool 4.3 says while the server behind it is away. It leaves out the severity that is not
+/// translated.
+fn refuse(mut client: TcpStream) {
+    let fields = "SFATAL\0CXX000\0Mfailed to create a backend connection\0\0";
+    let length = u32::try_from(4 + fields.len()).expect("a short message");
+    let _ = client.read(&mut [0; 1_024]);
+    let _ = client.write_all(&[b"E", &length.to_be_bytes()[..], fields.as_bytes()].concat());
+}
+
+fn let_wait(
+    mut client: TcpStream,
+    leads_to: &AtomicU16,
+    unanswered: &AtomicUsize,
+    forged: Arc<Mutex<Option<Forgery>>>,
+) {
+    const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
+    let mut first = [0; 1_024];
+    let Ok(length @ 1..) = client.read(&mut first) else { return };
+    if first[..length] == SSL_REQUEST {
+        let _ = client.write_all(b"N");
+        return swallow(client);
+    }
+    unanswered.fetch_add(1, Ordering::SeqCst);
+    let port = loop {
+        match leads_to.load(Ordering::SeqCst) {
+            MUTE | REFUSING | ANSWERING_KNOCKS => thread::sleep(Duration::from_millis(5)),
+            port => break port,
+        }
+    };
+    unanswered.fetch_sub(1, Ordering::SeqCst);
+    let mut server = TcpStream::connect(("127.0.0.1", port)).expect("the server");
+    server.write_all(&first[..length]).expect("an open connection");
+    lead(&client, &server, forged);
 }
 
 fn swallow(mut client: TcpStream) {
