@@ -115,8 +115,8 @@ impl Cadence {
 /// It saves with [`advance`](CheckpointStore::advance), so a second runner of the same projection
 /// is detected: one of the two, the older one perhaps, gets a [`Conflict`](Error::Conflict) at its
 /// next save, and stays out: from then on every save is that `Conflict`, without asking the store.
-/// Stop that one. A runner whose projection is [reset](crate#resetting-a-projection) under it may not
-/// notice: stop it first.
+/// Stop that one. A runner whose projection is
+/// [reset](crate::guide::exactly_once#resetting-a-projection) under it may not notice: stop it first.
 ///
 /// A save that fails is due again at once, with the next [`processed`](Checkpointer::processed),
 /// [`save_if_due`](Checkpointer::save_if_due) or [`flush`](Checkpointer::flush). When it failed as

@@ -25,7 +25,8 @@ fn said(command: &mut Command) -> String {
     String::from_utf8_lossy(&output).trim().to_owned()
 }
 
-/// What a ratio has to be.
+/// What a ratio has to be. It is no column of the table: a miss is told beside it, to whoever works on
+/// the crate.
 #[derive(Clone, Copy)]
 pub(crate) enum Target {
     AtLeast(f64),
@@ -35,8 +36,8 @@ pub(crate) enum Target {
 
 /// The head of the table of ratios, which is printed a line at a time, because a run takes minutes.
 pub(crate) fn print_head() {
-    println!("| What | Target | Measured | Half of all rounds | Medians |");
-    println!("|---|---:|---:|---:|---|");
+    println!("| What | Measured | Half of all rounds | Medians |");
+    println!("|---|---:|---:|---|");
 }
 
 /// How many times as long `one` takes as `other`.
@@ -66,13 +67,15 @@ pub(crate) fn print_throughput(
 fn print_line(what: &str, target: Target, ratio: Spread, medians: &str) {
     let Spread { median, low, high } = ratio;
     let printed = (median * 100.0).round() / 100.0;
-    let (target, met) = match target {
-        Target::AtLeast(least) => (format!("≥ {least}"), printed >= least),
-        Target::AtMost(most) => (format!("≤ {most}"), printed <= most),
-        Target::None => (String::new(), true),
+    println!("| {what} | {median:.2} | {low:.2} – {high:.2} | {medians} |");
+    let wanted = match target {
+        Target::AtLeast(least) if printed < least => format!("at least {least}"),
+        Target::AtMost(most) if printed > most => format!("at most {most}"),
+        _ => return,
     };
-    let mark = if met || only_a_test() { "" } else { " ✗" };
-    println!("| {what} | {target} | {median:.2}{mark} | {low:.2} – {high:.2} | {medians} |");
+    if !only_a_test() {
+        eprintln!("missed: {what} is {printed}, and was to be {wanted}");
+    }
 }
 
 pub(crate) fn duration(seconds: f64) -> String {

@@ -161,7 +161,7 @@ impl PostgresCheckpointStoreBuilder {
     /// It pays with many threads that save often, each a projection of its own, and a disk to wait for;
     /// a [`Checkpointer`](crate::Checkpointer) in each gains too. It does nothing for few threads, because
     /// up to 8 calls at once go alone, for rare saves, and for what is saved in a transaction. The
-    /// [guide](crate::guide::operations) has figures.
+    /// [guide](crate::guide::threads#group-commit) has figures.
     ///
     /// A call returns when its own offset is durable, and its answer is the one that it would have had
     /// alone. Nobody pays for anybody else: a row that another transaction holds delays those who want that

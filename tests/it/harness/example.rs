@@ -1,6 +1,6 @@
 use std::env;
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::SystemTime;
 
@@ -38,7 +38,9 @@ fn latest(source: &Path) -> Option<SystemTime> {
         return modified(source);
     }
     let files = source.read_dir().expect("the example's folder");
-    files.filter_map(|file| modified(&file.expect("a file").path())).max()
+    let paths = files.map(|file| file.expect("a file").path());
+    let pictures = |path: &PathBuf| path.extension().is_some_and(|it| it == "png"); // not built in
+    paths.filter(|path| !pictures(path)).filter_map(|path| modified(&path)).max()
 }
 
 /// A program at work. When this value is dropped it is killed, as by `kill -9`.
