@@ -11,7 +11,7 @@ use checkpoint_store::{
 use fastrand::Rng;
 
 use super::{Row, kill_backend_and_wait, process_id};
-use crate::harness::{Cut, Options, Proxy, Server, unique, wait_until};
+use crate::harness::{Cut, Options, Proxy, Server, end_backend, unique, wait_until};
 
 type Outcome = Result<i64, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -104,14 +104,7 @@ impl Stage {
                 self.server().restart();
             }
             Fault::BackendKilled => kill_backend_and_wait(self.server(), pid),
-            Fault::BackendTerminated => {
-                let mut client = self.client();
-                client.execute("SELECT pg_terminate_backend($1)", &[&pid]).expect("a superuser");
-                wait_until("the backend is gone", || {
-                    let query = "SELECT count(*) FROM pg_stat_activity WHERE pid = $1";
-                    client.query_one(query, &[&pid]).expect("a row").get::<_, i64>(0) == 0
-                });
-            }
+            Fault::BackendTerminated => end_backend(&mut self.client(), pid),
         }
     }
 

@@ -97,6 +97,15 @@ pub(crate) fn wait_for_a_waiter(observer: &mut Client, text: &str) {
     });
 }
 
+/// Ends a backend as an administrator does, and waits until it is gone.
+pub(crate) fn end_backend(admin: &mut Client, pid: i32) {
+    admin.execute("SELECT pg_terminate_backend($1)", &[&pid]).expect("a superuser");
+    wait_until("the backend is gone", || {
+        let query = "SELECT count(*) FROM pg_stat_activity WHERE pid = $1";
+        admin.query_one(query, &[&pid]).expect("a row").get::<_, i64>(0) == 0
+    });
+}
+
 /// Waits until something holds, and fails loudly when it never does.
 pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);

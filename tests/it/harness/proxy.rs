@@ -1,8 +1,10 @@
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
+
+use super::{client as client_of, end_backend};
 
 /// Passes bytes between clients and a server, counts round trips, and cuts a connection off where
 /// it is told to.
@@ -31,6 +33,10 @@ pub(crate) enum Cut {
     AfterTheRequest,
     /// The server has done what it was asked, and the client does not hear of it.
     BeforeTheAnswer,
+    /// The client hears of it, and nothing after that.
+    AfterTheAnswer,
+    /// Not cut off: the request comes to a server that has just ended the backend.
+    BackendEnded,
 }
 
 impl Proxy {
@@ -47,10 +53,12 @@ impl Proxy {
                 client.set_nodelay(true).expect("an open socket");
                 server.set_nodelay(true).expect("an open socket");
                 let server_spoke_last = Arc::new(AtomicBool::new(true));
-                let muted = Arc::new(AtomicBool::new(false));
+                let at_the_answer = Arc::new(Mutex::new(Pass::On));
+                let backend = Arc::new(AtomicI32::new(0));
 
                 let (spoke, counter) = (Arc::clone(&server_spoke_last), Arc::clone(&counter));
-                let (mute, armed) = (Arc::clone(&muted), Arc::clone(&armed));
+                let (pass_answer, armed) = (Arc::clone(&at_the_answer), Arc::clone(&armed));
+                let pid = Arc::clone(&backend);
                 let since_begin = AtomicUsize::new(usize::MAX / 2);
                 pump(&client, &server, move |request| {
                     if spoke.swap(false, Ordering::SeqCst) {
@@ -61,17 +69,25 @@ impl Proxy {
                         since_begin.store(0, Ordering::SeqCst);
                     }
                     let step = since_begin.load(Ordering::SeqCst);
-                    let here = take_if_matched(&armed, request, step);
-                    mute.fetch_or(here == Some(Cut::BeforeTheAnswer), Ordering::SeqCst);
-                    match here {
-                        Some(Cut::BeforeTheRequest) => Pass::Cut,
-                        Some(Cut::AfterTheRequest) => Pass::OnAndCut,
-                        Some(Cut::BeforeTheAnswer) | None => Pass::On,
+                    match take_if_matched(&armed, request, step) {
+                        Some(Cut::BeforeTheRequest) => return Pass::Cut,
+                        Some(Cut::AfterTheRequest) => return Pass::OnAndCut,
+                        Some(Cut::BeforeTheAnswer) => *lock(&pass_answer) = Pass::Cut,
+                        Some(Cut::AfterTheAnswer) => *lock(&pass_answer) = Pass::OnAndCut,
+                        Some(Cut::BackendEnded) => {
+                            let params = format!("host=127.0.0.1 port={server_port} user=postgres");
+                            end_backend(&mut client_of(&params), pid.load(Ordering::SeqCst));
+                        }
+                        None => {}
                     }
+                    Pass::On
                 });
-                pump(&server, &client, move |_| {
+                pump(&server, &client, move |answer| {
+                    if let Some(pid) = backend_process_id(answer) {
+                        backend.store(pid, Ordering::SeqCst);
+                    }
                     server_spoke_last.store(true, Ordering::SeqCst);
-                    if muted.load(Ordering::SeqCst) { Pass::Cut } else { Pass::On }
+                    *lock(&at_the_answer)
                 });
             }
         });
@@ -109,8 +125,7 @@ impl Proxy {
     }
 
     fn arm(&self, cut: Option<(Request, Cut)>) -> bool {
-        let mut armed = self.cut.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::replace(&mut *armed, cut).is_some()
+        std::mem::replace(&mut *lock(&self.cut), cut).is_some()
     }
 }
 
@@ -119,18 +134,29 @@ fn take_if_matched(
     request: &[u8],
     step: usize,
 ) -> Option<Cut> {
-    let mut armed = armed.lock().unwrap_or_else(PoisonError::into_inner);
-    let (_, place) = armed.take_if(|(wanted, _)| match wanted {
+    let (_, place) = lock(armed).take_if(|(wanted, _)| match wanted {
         Request::With(text) => has(request, text),
         Request::SinceBegin(wanted) => step == *wanted,
     })?;
     Some(place)
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What the server says when it lets a client in: `K`, a length of 12, the id, a secret.
+fn backend_process_id(answer: &[u8]) -> Option<i32> {
+    const BACKEND_KEY_DATA: &[u8] = b"K\0\0\0\x0c";
+    let message = answer.windows(13).find(|piece| piece.starts_with(BACKEND_KEY_DATA))?;
+    Some(i32::from_be_bytes(message[5..9].try_into().expect("four bytes")))
+}
+
 fn has(request: &[u8], text: &str) -> bool {
     request.windows(text.len()).any(|piece| piece == text.as_bytes())
 }
 
+#[derive(Clone, Copy)]
 enum Pass {
     On,
     OnAndCut,
@@ -144,11 +170,14 @@ fn pump(from: &TcpStream, to: &TcpStream, inspect: impl Fn(&[u8]) -> Pass + Send
         let mut buffer = vec![0; 1 << 20];
         while let Ok(read @ 1..) = from.read(&mut buffer) {
             let pass = inspect(&buffer[..read]);
+            if !matches!(pass, Pass::On) {
+                // First of all, so that nothing slips through on the way back.
+                let _ = from.shutdown(Shutdown::Both);
+            }
             if !matches!(pass, Pass::Cut) && to.write_all(&buffer[..read]).is_err() {
                 break;
             }
             if !matches!(pass, Pass::On) {
-                let _ = from.shutdown(Shutdown::Both);
                 let _ = to.shutdown(Shutdown::Both);
                 return;
             }

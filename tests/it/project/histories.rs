@@ -1,12 +1,14 @@
 //! What six threads were told while their connections ended, recorded; and an order of it that
 //! explains each answer. A call whose outcome is unknown may have happened at any time since, or never.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use checkpoint_store::postgres::Transaction;
+use checkpoint_store::postgres::types::Type;
 use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore};
 use fastrand::Rng;
 use stateright::semantics::{ConsistencyTester, LinearizabilityTester, SequentialSpec};
@@ -26,7 +28,10 @@ enum Answer {
     Got(i64),
     Advanced,
     Conflict(i64),
+    /// Its own batch.
     Projected(i64),
+    /// A rival has got there, or beyond, after a COMMIT of its own was lost.
+    Overtaken(i64),
 }
 
 /// One projection's checkpoint, as a single thread would see it.
@@ -52,10 +57,9 @@ impl SequentialSpec for Model {
         }
     }
 
-    /// A batch in doubt that others have gone beyond is reported as what it is: committed.
     fn is_valid_step(&mut self, call: &Call, answer: &Answer) -> bool {
-        match (call, answer) {
-            (Call::Project, Answer::Projected(to)) if self.0 >= *to => true,
+        match *answer {
+            Answer::Overtaken(to) => self.0 >= to,
             _ => self.invoke(call) == *answer,
         }
     }
@@ -111,6 +115,10 @@ fn record(store: &PostgresCheckpointStore, round: usize) -> BTreeMap<&'static st
                         }
                         _ => Call::Project,
                     };
+                    if call == Call::Project {
+                        // Which signs its batch.
+                        identity = next_identity.fetch_add(1, Ordering::SeqCst);
+                    }
                     record(Event::Invoked(identity, call.clone()));
                     let answer = match call {
                         Call::Get => store.get(&name).map(Answer::Got),
@@ -118,7 +126,10 @@ fn record(store: &PostgresCheckpointStore, round: usize) -> BTreeMap<&'static st
                             store.advance(&name, from, to).map(|()| Answer::Advanced)
                         }
                         Call::Project => store
-                            .project(&name, |_, offset| Ok(Some(offset + 1)))
+                            .project(&name, |tx, offset| {
+                                sign(tx, &name, offset + 1, identity)?;
+                                Ok(Some(offset + 1))
+                            })
                             .map(|offset| Answer::Projected(offset.expect("there is a next one"))),
                     };
                     match answer {
@@ -126,7 +137,8 @@ fn record(store: &PostgresCheckpointStore, round: usize) -> BTreeMap<&'static st
                         Err(Error::Conflict { found, .. }) => {
                             record(Event::Returned(identity, Answer::Conflict(found)));
                         }
-                        Err(Error::Unavailable { operation: "advance", .. }) => {
+                        // `project` too gives up when it is lost three times in its closure.
+                        Err(Error::Unavailable { .. }) if call != Call::Get => {
                             identity = next_identity.fetch_add(1, Ordering::SeqCst);
                         }
                         Err(other) => panic!("{other:?}"),
@@ -136,6 +148,36 @@ fn record(store: &PostgresCheckpointStore, round: usize) -> BTreeMap<&'static st
         }
     });
     histories.into_iter().map(|(name, history)| (name, history.into_inner().unwrap())).collect()
+}
+
+/// Notes in the closure's transaction whose batch it is.
+fn sign(tx: &mut Transaction<'_>, projection: &str, to: i64, identity: u64) -> Result<(), Error> {
+    let identity = i64::try_from(identity).unwrap();
+    tx.execute("INSERT INTO batches VALUES ($1, $2, $3)", &[&projection, &to, &identity])?;
+    Ok(())
+}
+
+/// Whose batches there are, and to which offset.
+fn batches(server: &Server, projection: &str) -> Vec<(u64, i64)> {
+    let mut client = server.client();
+    let query = "SELECT identity, \"to\" FROM batches WHERE projection = $1";
+    let rows = client.query_typed(query, &[(&projection, Type::TEXT)]).unwrap();
+    rows.iter().map(|row| (u64::try_from(row.get::<_, i64>(0)).unwrap(), row.get(1))).collect()
+}
+
+/// A call that has not done the batch up to the offset that it returned was overtaken by whoever has.
+fn tell_whose_batches(history: &mut History, batches: &[(u64, i64)]) {
+    let callers: BTreeSet<_> = batches.iter().map(|(identity, _)| identity).collect();
+    assert_eq!(callers.len(), batches.len(), "one call, one batch: {batches:?}");
+    for event in history {
+        let Event::Returned(identity, answer) = event else { continue };
+        match *answer {
+            Answer::Projected(to) if !batches.contains(&(*identity, to)) => {
+                *answer = Answer::Overtaken(to);
+            }
+            _ => {}
+        }
+    }
 }
 
 #[test]
@@ -148,6 +190,8 @@ fn every_history_has_an_order_that_explains_each_answer() {
         .connect(&format!("{} application_name=recorded", server.params()))
         .unwrap();
     store.migrate().unwrap();
+    let table = "CREATE TABLE batches (projection text, \"to\" bigint, identity bigint)";
+    server.client().batch_execute(table).unwrap();
     let (mut kills, mut crashes, mut unknown) = (0, 0, 0);
     for round in 1..=ROUNDS {
         let histories = thread::scope(|scope| {
@@ -174,7 +218,8 @@ fn every_history_has_an_order_that_explains_each_answer() {
             histories
         });
         crashes += usize::from(round % CRASH_EVERY == 0);
-        for (projection, history) in histories {
+        for (projection, mut history) in histories {
+            tell_whose_batches(&mut history, &batches(&server, &format!("{projection} {round}")));
             let count = |wanted: fn(&&Event) -> bool| history.iter().filter(wanted).count();
             unknown += count(|event| matches!(event, Event::Invoked(..)))
                 - count(|event| matches!(event, Event::Returned(..)));
@@ -184,7 +229,7 @@ fn every_history_has_an_order_that_explains_each_answer() {
     wait_until("the server takes connections", || store.get("any").is_ok());
     println!("{kills} backends ended, {crashes} crashes, {unknown} calls of unknown outcome");
     assert!(kills > 100 && unknown > 0, "nothing was tried");
-    let fault = "histories of `get`, `advance`, `project`: backends ended, server crashed (errors: of `advance`)";
+    let fault = "histories of `get`, `advance`, `project`: backends ended, server crashed (errors: outcome unknown)";
     Row::asserted(fault, usize::try_from(kills).unwrap() + crashes, unknown, Duration::ZERO)
         .print();
 }
@@ -202,7 +247,7 @@ fn history(calls: &[(u64, Call, Option<Answer>)]) -> History {
 
 #[test]
 fn a_stale_read_and_a_second_winner_are_found() {
-    use Answer::{Advanced, Conflict, Got, Projected};
+    use Answer::{Advanced, Conflict, Got, Overtaken, Projected};
     let advance = |from, to| Call::Advance { from, to };
     let mut calls = vec![
         (0, advance(0, 3), Some(Advanced)),
@@ -218,11 +263,15 @@ fn a_stale_read_and_a_second_winner_are_found() {
         (5, advance(0, 3), Some(Advanced)),
         (5, advance(5, 6), Some(Conflict(4))),
         (5, Call::Project, Some(Projected(7))),
+        (5, Call::Project, Some(Projected(5))),
+        (5, Call::Project, Some(Overtaken(6))),
     ] {
         calls.push(wrong.clone());
         assert!(!is_explained(&history(&calls)), "{wrong:?}");
         calls.pop();
     }
+    calls.push((5, Call::Project, Some(Overtaken(5))));
+    assert!(is_explained(&history(&calls)));
     // What was never acknowledged may not be there at all.
     calls.truncate(3);
     calls.push((4, Call::Project, Some(Projected(4))));

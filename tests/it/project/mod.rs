@@ -1,7 +1,14 @@
 //! One batch exactly once in one call: what the closure may do, and what it cannot do wrong.
 
+mod each_step;
+mod errors;
 mod histories;
 mod kills;
+mod mistakes;
+mod names;
+mod passing;
+mod prepared;
+mod stage;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Barrier;
