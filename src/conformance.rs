@@ -1,18 +1,19 @@
 //! The contract of [`CheckpointStore`] as code, for anybody's own store.
 
 use std::collections::BTreeMap;
-use std::panic;
+use std::hint;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
+use std::sync::mpsc::{RecvTimeoutError::Timeout, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::{Checkpoint, CheckpointStore, Error};
 
 const THREADS: usize = 8;
-/// For how long, and how often at least, rivals try to get in each other's way.
-const LEAST_TIME: Duration = Duration::from_millis(300);
-const LEAST_TRIES: usize = 50;
+/// How long what takes no time may take: a store may be slow, and must not hang.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Tries every promise of [`CheckpointStore`] on an empty store, from one thread and from many.
 ///
@@ -47,12 +48,14 @@ pub fn verify(store: &dyn CheckpointStore) {
     bad_input_changes_nothing(store);
     advance_moves_only_from_where_it_stands(store);
     save_many_saves_all(store);
+    nothing_is_cut_however_much_there_is(store);
+    wait_for_waits_until_the_offset_is_reached(store);
     no_save_of_many_threads_is_lost(store);
     of_rivals_exactly_one_advances(store);
     no_step_of_rivals_is_lost(store);
-    no_save_among_rivals_is_lost(store);
     of_rivals_exactly_one_deletes(store);
-    wait_for_waits_until_the_offset_is_reached(store);
+    no_advance_undoes_what_came_before_it(store);
+    no_advance_from_nothing_undoes_a_save(store);
 
     let left = all(store);
     assert!(left.is_empty(), "conformance: a deleted checkpoint is still listed: {left:?}");
@@ -60,11 +63,11 @@ pub fn verify(store: &dyn CheckpointStore) {
 
 fn an_unknown_projection_has_no_checkpoint(store: &dyn CheckpointStore) {
     assert_eq!(ok(store.find("unknown")), None, "conformance: find of an unknown projection");
-    assert_eq!(get(store, "unknown"), 0, "conformance: get of an unknown projection is 0");
+    assert_eq!(stored(store, "unknown"), 0, "conformance: get of an unknown projection is 0");
     ok(store.save("known", 5));
-    assert_eq!(get(store, "unknown"), 0, "conformance: projections are apart");
-    assert_eq!(get(store, "know"), 0, "conformance: a name is compared as a whole");
-    assert_eq!(get(store, "KNOWN"), 0, "conformance: names differ in case");
+    assert_eq!(stored(store, "unknown"), 0, "conformance: projections are apart");
+    assert_eq!(stored(store, "know"), 0, "conformance: a name is compared as a whole");
+    assert_eq!(stored(store, "KNOWN"), 0, "conformance: names differ in case");
     delete(store, "known");
 }
 
@@ -208,10 +211,10 @@ fn delete_says_whether_there_was_one(store: &dyn CheckpointStore) {
         "conformance: delete says true when there was a checkpoint"
     );
     assert_eq!(ok(store.find("doomed")), None, "conformance: delete forgets the checkpoint");
-    assert_eq!(get(store, "spared"), 9, "conformance: delete forgets no other checkpoint");
+    assert_eq!(stored(store, "spared"), 9, "conformance: delete forgets no other checkpoint");
     assert!(!ok(store.delete("doomed")), "conformance: the second delete says false");
     ok(store.advance("doomed", 0, 3));
-    assert_eq!(get(store, "doomed"), 3, "conformance: a deleted projection starts anew");
+    assert_eq!(stored(store, "doomed"), 3, "conformance: a deleted projection starts anew");
     delete(store, "doomed");
     delete(store, "spared");
 }
@@ -235,6 +238,7 @@ fn bad_input_changes_nothing(store: &dyn CheckpointStore) {
         refused("save", store.save(name, 1));
         refused("advance", store.advance(name, 0, 1));
         refused("delete", store.delete(name).map(drop));
+        refused("wait_for", store.wait_for(name, 0, Duration::ZERO).map(drop));
         refused("save_many", store.save_many(&[("good", 6), (name, 1), ("other", 6)]));
     }
     for (offset, from, to) in [(-1, 5, -1), (i64::MIN, i64::MIN, 5), (-2, -2, -1), (4, 5, 4)] {
@@ -248,6 +252,7 @@ fn bad_input_changes_nothing(store: &dyn CheckpointStore) {
         if offset < 0 {
             refused("save", store.save("good", offset));
             refused("save", store.save("other", offset));
+            refused("wait_for", store.wait_for("good", offset, Duration::ZERO).map(drop));
             let many = [("good", 6), ("other", offset), ("third", 6)];
             refused("save_many", store.save_many(&many));
         }
@@ -266,23 +271,27 @@ fn advance_moves_only_from_where_it_stands(store: &dyn CheckpointStore) {
             ),
             other => panic!("conformance: advance({from}, {to}) {why}: not {other:?}"),
         }
-        assert_eq!(get(store, "steps"), expected_found, "conformance: a Conflict changes nothing");
+        assert_eq!(
+            stored(store, "steps"),
+            expected_found,
+            "conformance: a Conflict changes nothing"
+        );
     };
     conflict(1, 2, 0, "from an offset that is not there is a Conflict");
     conflict(7, 7, 0, "from an offset that is not there is a Conflict");
     assert_eq!(ok(store.find("steps")), None, "conformance: a Conflict creates nothing");
     ok(store.advance("steps", 0, 10));
-    assert_eq!(get(store, "steps"), 10, "conformance: advance creates a checkpoint from 0");
+    assert_eq!(stored(store, "steps"), 10, "conformance: advance creates a checkpoint from 0");
     conflict(0, 20, 10, "from 0 is a Conflict when more is stored");
     conflict(0, 10, 10, "is a Conflict even when the checkpoint is where it was to go");
     conflict(9, 11, 10, "from behind is a Conflict");
     conflict(11, 12, 10, "from ahead is a Conflict");
     ok(store.advance("steps", 10, 10));
     ok(store.advance("steps", 10, i64::MAX));
-    assert_eq!(get(store, "steps"), i64::MAX, "conformance: advance goes as far as offsets go");
+    assert_eq!(stored(store, "steps"), i64::MAX, "conformance: advance goes as far as offsets go");
     ok(store.save("steps", 0));
     ok(store.advance("steps", 0, 1));
-    assert_eq!(get(store, "steps"), 1, "conformance: advance goes on from a stored 0");
+    assert_eq!(stored(store, "steps"), 1, "conformance: advance goes on from a stored 0");
     ok(store.save("steps", 0));
     ok(store.advance("steps", 0, 0));
     delete(store, "steps");
@@ -296,28 +305,35 @@ fn save_many_saves_all(store: &dyn CheckpointStore) {
     assert!(all(store).is_empty(), "conformance: saving no checkpoints saves none");
     ok(store.save("there", 9));
     ok(store.save_many(&[("new", 1), ("there", 2), ("twice", 3), ("twice", 5), ("twice", 4)]));
-    assert_eq!(get(store, "new"), 1, "conformance: save_many creates");
-    assert_eq!(get(store, "there"), 2, "conformance: save_many sets, back too");
-    assert_eq!(get(store, "twice"), 4, "conformance: of a name given twice the last one stays");
+    assert_eq!(stored(store, "new"), 1, "conformance: save_many creates");
+    assert_eq!(stored(store, "there"), 2, "conformance: save_many sets, back too");
+    assert_eq!(stored(store, "twice"), 4, "conformance: of a name given twice the last one stays");
     delete_each(store, ["new", "there", "twice"]);
+}
 
-    // More than a page of any API.
-    let many: Vec<_> = (0..1_100).map(|i| (format!("many {i}"), i)).collect();
-    let borrowed: Vec<_> = many.iter().map(|(name, offset)| (name.as_str(), *offset)).collect();
-    ok(store.save_many(&borrowed));
-    in_threads(|thread| {
-        for (name, offset) in many.iter().skip(thread).step_by(THREADS) {
-            assert_eq!(get(store, name), *offset, "conformance: save_many saves every one of many");
+fn nothing_is_cut_however_much_there_is(store: &dyn CheckpointStore) {
+    /// More than a page of any API, and a prime: whatever the size of a page, the last is not full.
+    const MANY: i64 = 1_103;
+    let names: Vec<_> = (0..MANY).map(|i| format!("many {i}")).collect();
+    // At first all of them are new, then all of them are there.
+    for offsets in [0..MANY, MANY..2 * MANY] {
+        let many: Vec<_> = names.iter().map(String::as_str).zip(offsets).collect();
+        ok(store.save_many(&many));
+        let listed: Vec<_> =
+            all(store).into_iter().map(|found| (found.projection, found.offset)).collect();
+        let by_name: BTreeMap<_, _> = listed.iter().cloned().collect();
+        for &(name, offset) in many.iter().filter(|it| by_name.get(it.0) != Some(&it.1)) {
+            let found = get(store, name);
+            assert_eq!(found, offset, "conformance: save_many saves every one of many: {name:?}");
+            panic!("conformance: all lists every one of many, as it is: not {name:?}");
         }
-    });
-    let expected: BTreeMap<_, _> = many.iter().cloned().collect();
-    let stored: BTreeMap<_, _> =
-        all(store).into_iter().map(|found| (found.projection, found.offset)).collect();
-    assert_eq!(stored.len(), expected.len(), "conformance: all lists every one of many");
-    assert_eq!(stored, expected, "conformance: all lists what was saved");
-    in_threads(|thread| {
-        delete_each(store, borrowed.iter().skip(thread).step_by(THREADS).map(|it| it.0));
-    });
+        assert_eq!(listed.len(), many.len(), "conformance: all lists each name once");
+        assert!(
+            listed.into_iter().eq(by_name),
+            "conformance: all is ordered by the bytes of the names, however many there are"
+        );
+    }
+    in_threads(|thread| delete_each(store, names.iter().skip(thread).step_by(THREADS)));
 }
 
 /// Runs the same work in many threads that start together, and panics as the first of them does.
@@ -339,18 +355,54 @@ fn in_threads(work: impl Fn(usize) + Sync) {
     }
 }
 
+/// As many rounds as it takes to hit a narrow gap: some in a slow store, many in a fast one.
+fn rounds() -> impl Iterator<Item = i64> {
+    const LEAST: i64 = 40;
+    const LEAST_TIME: Duration = Duration::from_millis(300);
+    let started = Instant::now();
+    (1..).take_while(move |&round| round <= LEAST || started.elapsed() < LEAST_TIME)
+}
+
+/// Lets rivals repeat their work for as long as another thread is at its own.
+fn beside_rivals(rival: impl Fn() + Sync, work: impl FnOnce()) {
+    const RIVALS: usize = 3;
+    let over = AtomicBool::new(false);
+    let panicked = thread::scope(|scope| {
+        let spawn = |_| {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    rival();
+                }
+            })
+        };
+        let rivals: Vec<_> = (0..RIVALS).map(spawn).collect();
+        let outcome = panic::catch_unwind(AssertUnwindSafe(work));
+        over.store(true, Ordering::Relaxed);
+        let panicked = rivals.into_iter().filter_map(|rival| rival.join().err()).last();
+        outcome.err().or(panicked)
+    });
+    if let Some(message) = panicked {
+        panic::resume_unwind(message);
+    }
+}
+
 fn no_save_of_many_threads_is_lost(store: &dyn CheckpointStore) {
     let name = |i: usize| format!("thread {i}");
+    let saved = [const { AtomicI64::new(0) }; THREADS];
+    let assert_kept = |i: usize| {
+        let (found, last) = (get(store, &name(i)), saved[i].load(Ordering::Relaxed));
+        assert_eq!(found, last, "conformance: no save is lost to another thread's");
+    };
     in_threads(|i| {
-        for offset in 1..=40 {
+        for offset in rounds() {
+            assert_kept(i);
             ok(store.save(&name(i), offset));
             let found = get(store, &name(i));
             assert_eq!(found, offset, "conformance: a save is seen by the next get of its thread");
+            saved[i].store(offset, Ordering::Relaxed);
         }
     });
-    for i in 0..THREADS {
-        assert_eq!(get(store, &name(i)), 40, "conformance: no thread's save is lost");
-    }
+    (0..THREADS).for_each(assert_kept);
     // In opposite orders, which must neither deadlock nor mix.
     in_threads(|i| {
         let mut checkpoints: Vec<_> =
@@ -387,22 +439,22 @@ fn of_rivals_exactly_one_advances(store: &dyn CheckpointStore) {
     }
 }
 
+/// One step further from wherever it is. Returns whether no rival was faster.
+fn step(store: &dyn CheckpointStore, projection: &str) -> bool {
+    let from = get(store, projection);
+    match store.advance(projection, from, from + 1) {
+        Ok(()) => true,
+        Err(error) if error.is_conflict() => false,
+        Err(error) => panic!("conformance: advance among rivals failed: {error:?}"),
+    }
+}
+
 /// A step that looks first and writes later, without holding on, is overtaken sooner or later.
 fn no_step_of_rivals_is_lost(store: &dyn CheckpointStore) {
     let steps = AtomicI64::new(0);
     in_threads(|_| {
-        let started = Instant::now();
-        let mut tries = 0;
-        while tries < LEAST_TRIES || started.elapsed() < LEAST_TIME {
-            tries += 1;
-            let from = get(store, "stairs");
-            match store.advance("stairs", from, from + 1) {
-                Ok(()) => {
-                    steps.fetch_add(1, Ordering::Relaxed);
-                }
-                Err(error) if error.is_conflict() => {}
-                Err(error) => panic!("conformance: advance among rivals failed: {error:?}"),
-            }
+        for _ in rounds() {
+            steps.fetch_add(step(store, "stairs").into(), Ordering::Relaxed);
         }
     });
     assert_eq!(
@@ -413,57 +465,11 @@ fn no_step_of_rivals_is_lost(store: &dyn CheckpointStore) {
     delete(store, "stairs");
 }
 
-/// One thread saves, ever further on; the others advance from wherever the checkpoint is. So it never
-/// is behind what was saved last.
-fn no_save_among_rivals_is_lost(store: &dyn CheckpointStore) {
-    const FAR: i64 = 1_000_000;
-    const LOOKS: usize = 20;
-    let done = AtomicBool::new(false);
-    in_threads(|thread| {
-        let started = Instant::now();
-        let mut tries = 0;
-        while thread > 0 && !done.load(Ordering::Relaxed) {
-            let from = get(store, "contested");
-            match store.advance("contested", from, from + 1) {
-                Err(error) if !error.is_conflict() => {
-                    panic!("conformance: advance among rivals failed: {error:?}")
-                }
-                _ => {}
-            }
-        }
-        while thread == 0 && (tries < 50 || started.elapsed() < LEAST_TIME) {
-            tries += 1;
-            let saved = tries * FAR;
-            ok(match tries % 2 {
-                0 => store.save("contested", saved),
-                _ => store.save_many(&[("contested", saved)]),
-            });
-            // An advance that has looked before may write a while after.
-            for _ in 0..LOOKS {
-                let found = get(store, "contested");
-                if found < saved {
-                    done.store(true, Ordering::Relaxed);
-                }
-                assert!(
-                    found >= saved,
-                    "conformance: an advance does not overwrite what was saved meanwhile"
-                );
-                thread::yield_now();
-            }
-        }
-        done.store(true, Ordering::Relaxed);
-    });
-    delete(store, "contested");
-}
-
 /// What is created by an advance from nothing, and deleted, is counted.
 fn of_rivals_exactly_one_deletes(store: &dyn CheckpointStore) {
     let (created, deleted) = (AtomicUsize::new(0), AtomicUsize::new(0));
     in_threads(|_| {
-        let started = Instant::now();
-        let mut tries = 0;
-        while tries < LEAST_TRIES || started.elapsed() < LEAST_TIME {
-            tries += 1;
+        for _ in rounds() {
             match store.advance("fleeting", 0, 1) {
                 Ok(()) => drop(created.fetch_add(1, Ordering::Relaxed)),
                 Err(error) if error.is_conflict() => {}
@@ -483,37 +489,119 @@ fn of_rivals_exactly_one_deletes(store: &dyn CheckpointStore) {
     ok(store.delete("fleeting"));
 }
 
-fn wait_for_waits_until_the_offset_is_reached(store: &dyn CheckpointStore) {
-    const LONG: Duration = Duration::from_secs(60);
-    const SHORT: Duration = Duration::from_millis(30);
-    let wait_for = |offset, timeout| ok(store.wait_for("awaited", offset, timeout));
-    assert!(wait_for(0, Duration::ZERO), "conformance: every checkpoint has reached 0");
-    assert!(!wait_for(1, Duration::ZERO), "conformance: wait_for says false for what is not there");
-    ok(store.save("awaited", 5));
-    for offset in [4, 5] {
+/// Rivals step on from wherever the checkpoint is, while one thread sets it, each time higher than
+/// they can step, and deletes it. A step from where it was before, if written later, shows: it is
+/// lower than what was set, or much higher than what begins anew.
+fn no_advance_undoes_what_came_before_it(store: &dyn CheckpointStore) {
+    const HIGHER: i64 = 1 << 32;
+    let look = |start: i64, operation: &str| {
+        let found = get(store, "stairs");
         assert!(
-            wait_for(offset, Duration::ZERO),
-            "conformance: wait_for asks once, even without time, and says true for what is there"
+            (start..start + HIGHER).contains(&found),
+            "conformance: an advance does not undo a {operation} that came before it: \
+             {found} is stored, after {start}"
         );
-    }
-    let started = Instant::now();
-    assert!(!wait_for(6, SHORT), "conformance: wait_for says false when the time is over");
-    assert!(started.elapsed() >= SHORT, "conformance: wait_for waits until the time is over");
-    thread::scope(|scope| {
-        let waiting = scope.spawn(|| wait_for(6, LONG));
-        ok(store.advance("awaited", 5, 7));
-        match waiting.join() {
-            Ok(reached) => {
-                assert!(reached, "conformance: wait_for says true once the offset is reached");
+    };
+    // Who wakes from a pause interrupts a rival in the midst of a step.
+    let look_twice = |start, operation| {
+        look(start, operation);
+        thread::sleep(Duration::from_micros(50));
+        look(start, operation);
+    };
+    beside_rivals(
+        || _ = step(store, "stairs"),
+        || {
+            for round in rounds() {
+                let start = 2 * round * HIGHER;
+                ok(store.save("stairs", start));
+                look_twice(start, "save");
+                ok(store.save_many(&[("stairs", start + HIGHER)]));
+                look_twice(start + HIGHER, "save_many");
+                delete(store, "stairs");
+                look_twice(0, "delete");
             }
-            Err(message) => panic::resume_unwind(message),
+        },
+    );
+    // Whether the rivals have made a new one is their luck.
+    ok(store.delete("stairs"));
+}
+
+/// Rivals create a checkpoint whenever there is none, while one thread deletes it and sets it anew.
+fn no_advance_from_nothing_undoes_a_save(store: &dyn CheckpointStore) {
+    const SAVED: i64 = 9;
+    let create = || match store.advance("stairs", 0, 1) {
+        Err(error) if !error.is_conflict() => {
+            panic!("conformance: advance among rivals failed: {error:?}")
+        }
+        _ => {}
+    };
+    beside_rivals(create, || {
+        for round in rounds() {
+            ok(store.save("stairs", SAVED));
+            for _ in 0..3 {
+                let found = get(store, "stairs");
+                let promise = "conformance: an advance from nothing does not undo a save";
+                assert_eq!(found, SAVED, "{promise} that came before it");
+            }
+            delete(store, "stairs");
+            // Each time a little longer, for it is not known when a rival has looked.
+            (0..round % 32).for_each(|_| hint::spin_loop());
         }
     });
+    ok(store.delete("stairs"));
+}
+
+fn wait_for_waits_until_the_offset_is_reached(store: &dyn CheckpointStore) {
+    let timed = |offset, timeout| {
+        let started = Instant::now();
+        (ok(store.wait_for("awaited", offset, timeout)), started.elapsed())
+    };
+    // One that heeds no time-out ends all the same: in the end the offset is reached.
+    let timed_out = |offset, timeout| {
+        let (in_time, overdue) = channel::<()>();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                if overdue.recv_timeout(PATIENCE) == Err(Timeout) {
+                    ok(store.save("awaited", i64::MAX));
+                }
+            });
+            let (reached, took) = timed(offset, timeout);
+            assert!(!reached, "conformance: wait_for says false when the time is over");
+            drop(in_time);
+            took
+        })
+    };
+    assert!(timed(0, Duration::ZERO).0, "conformance: every checkpoint has reached 0");
+    timed_out(1, Duration::ZERO);
+    ok(store.save("awaited", 5));
+    for offset in [0, 4, 5] {
+        for timeout in [Duration::ZERO, 2 * PATIENCE, Duration::MAX] {
+            let (reached, took) = timed(offset, timeout);
+            assert!(
+                reached,
+                "conformance: wait_for asks once, even without time, and says true for what is there"
+            );
+            assert!(took < PATIENCE, "conformance: wait_for does not wait for what is there");
+        }
+    }
+    let timeout = Duration::from_millis(30);
+    // Half of it: a store may count by a clock of its own.
     assert!(
-        matches!(store.wait_for("", 1, SHORT), Err(Error::InvalidProjection { .. }))
-            && matches!(store.wait_for("awaited", -1, SHORT), Err(Error::InvalidOffset { .. })),
-        "conformance: wait_for refuses bad input"
+        timed_out(6, timeout) >= timeout / 2,
+        "conformance: wait_for waits until the time is over"
     );
+
+    for (offset, reached_by) in [(6, 6), (8, 9)] {
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(20));
+                ok(store.advance("awaited", get(store, "awaited"), reached_by));
+            });
+            let (reached, took) = timed(offset, 2 * PATIENCE);
+            assert!(reached, "conformance: wait_for says true once the offset is reached");
+            assert!(took < PATIENCE, "conformance: wait_for returns soon after it is reached");
+        });
+    }
     delete(store, "awaited");
 }
 
@@ -533,6 +621,14 @@ fn find(store: &dyn CheckpointStore, projection: &str) -> Checkpoint {
 
 fn get(store: &dyn CheckpointStore, projection: &str) -> i64 {
     ok(store.get(projection))
+}
+
+/// What `get` says, while no other thread writes.
+fn stored(store: &dyn CheckpointStore, projection: &str) -> i64 {
+    let found = ok(store.find(projection)).map_or(0, |checkpoint| checkpoint.offset);
+    let got = get(store, projection);
+    assert_eq!(got, found, "conformance: get and find tell the same of {projection:?}");
+    got
 }
 
 fn all(store: &dyn CheckpointStore) -> Vec<Checkpoint> {

@@ -1,13 +1,13 @@
 //! `conformance::verify` passes for every store of the crate, and finds each kind of broken one.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use checkpoint_store::{
     Checkpoint, CheckpointStore, Error, MemoryCheckpointStore, PostgresCheckpointStore, Result,
-    Watermark, conformance, validate_offset, validate_projection,
+    Watermark, conformance, validate_advance, validate_offset, validate_projection,
 };
 
 use crate::harness::Schema;
@@ -45,11 +45,32 @@ fn stores_are_shared_among_threads_and_errors_are_passed_on() {
 
 #[test]
 fn a_custom_store_with_the_provided_methods_alone_keeps_the_contract() {
+    conformance::verify(&Minimal(MemoryCheckpointStore::new()));
     conformance::verify(&Broken::default());
 }
 
-/// A correct store over the memory store, until one of its methods is replaced. It leaves `get`
-/// and `save_many` to the trait.
+/// A correct store over the memory store that leaves `get`, `save_many` and `wait_for` to the trait.
+struct Minimal(MemoryCheckpointStore);
+
+impl CheckpointStore for Minimal {
+    fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
+        self.0.find(projection)
+    }
+    fn all(&self) -> Result<Vec<Checkpoint>> {
+        self.0.all()
+    }
+    fn save(&self, projection: &str, offset: i64) -> Result<()> {
+        self.0.save(projection, offset)
+    }
+    fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
+        self.0.advance(projection, from, to)
+    }
+    fn delete(&self, projection: &str) -> Result<bool> {
+        self.0.delete(projection)
+    }
+}
+
+/// A correct store over the memory store, until one of its methods is replaced.
 struct Broken {
     memory: MemoryCheckpointStore,
     save: fn(&Broken, &str, i64) -> Result<()>,
@@ -57,7 +78,11 @@ struct Broken {
     all: fn(&Broken) -> Result<Vec<Checkpoint>>,
     delete: fn(&Broken, &str) -> Result<bool>,
     find: fn(&Broken, &str) -> Result<Option<Checkpoint>>,
+    save_many: fn(&Broken, &[(&str, i64)]) -> Result<()>,
+    wait_for: fn(&Broken, &str, i64, Duration) -> Result<bool>,
     calls: AtomicU64,
+    /// For those whose operations take turns, but not all of them.
+    turn: Mutex<()>,
 }
 
 impl Default for Broken {
@@ -69,8 +94,19 @@ impl Default for Broken {
             all: |this| this.memory.all(),
             delete: |this, projection| this.memory.delete(projection),
             find: |this, projection| this.memory.find(projection),
+            save_many: |this, checkpoints| this.memory.save_many(checkpoints),
+            wait_for: |this, projection, offset, timeout| {
+                this.memory.wait_for(projection, offset, timeout)
+            },
             calls: AtomicU64::new(1),
+            turn: Mutex::default(),
         }
+    }
+}
+
+impl Broken {
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -90,34 +126,11 @@ impl CheckpointStore for Broken {
     fn delete(&self, projection: &str) -> Result<bool> {
         (self.delete)(self, projection)
     }
-}
-
-type SaveManyFn = fn(&MemoryCheckpointStore, &[(&str, i64)]) -> Result<()>;
-
-/// A memory store with another `save_many`.
-struct SaveMany {
-    memory: MemoryCheckpointStore,
-    save_many: SaveManyFn,
-}
-
-impl CheckpointStore for SaveMany {
-    fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
-        self.memory.find(projection)
-    }
-    fn all(&self) -> Result<Vec<Checkpoint>> {
-        self.memory.all()
-    }
-    fn save(&self, projection: &str, offset: i64) -> Result<()> {
-        self.memory.save(projection, offset)
-    }
-    fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
-        self.memory.advance(projection, from, to)
-    }
-    fn delete(&self, projection: &str) -> Result<bool> {
-        self.memory.delete(projection)
-    }
     fn save_many(&self, checkpoints: &[(&str, i64)]) -> Result<()> {
-        (self.save_many)(&self.memory, checkpoints)
+        (self.save_many)(self, checkpoints)
+    }
+    fn wait_for(&self, projection: &str, offset: i64, timeout: Duration) -> Result<bool> {
+        (self.wait_for)(self, projection, offset, timeout)
     }
 }
 
@@ -305,12 +318,12 @@ fn a_save_of_the_same_offset_that_does_not_renew_its_time_is_found() {
         ..Broken::default()
     };
     assert_found(&store, "the last advance, of the same");
-    let store = SaveMany {
-        memory: MemoryCheckpointStore::new(),
-        save_many: |memory, checkpoints| match checkpoints {
-            [(name, offset)] if memory.get(name).is_ok_and(|found| found == *offset) => Ok(()),
-            _ => memory.save_many(checkpoints),
+    let store = Broken {
+        save_many: |this, checkpoints| match checkpoints {
+            [(name, offset)] if this.memory.get(name).is_ok_and(|found| found == *offset) => Ok(()),
+            _ => this.memory.save_many(checkpoints),
         },
+        ..Broken::default()
     };
     assert_found(&store, "the last save_many, of the same");
 }
@@ -328,11 +341,11 @@ fn what_is_cut_short_is_found() {
             ..Broken::default()
         };
         assert_found(&store, "all lists every one of many");
-        let store = SaveMany {
-            memory: MemoryCheckpointStore::new(),
-            save_many: |memory, checkpoints| {
-                memory.save_many(&checkpoints[..checkpoints.len().min(LIMIT.get())])
+        let store = Broken {
+            save_many: |this, checkpoints| {
+                this.memory.save_many(&checkpoints[..checkpoints.len().min(LIMIT.get())])
             },
+            ..Broken::default()
         };
         assert_found(&store, "save_many saves every one of many");
     }
@@ -342,13 +355,52 @@ thread_local! {
     static LIMIT: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
 }
 
+#[test]
+fn a_save_many_of_many_that_is_not_all_of_them_is_found() {
+    let of_pages: fn(&Broken, &[(&str, i64)]) -> Result<()> = |this, checkpoints| {
+        let whole_pages = match checkpoints.len() {
+            few @ ..25 => few,
+            many => many / 25 * 25,
+        };
+        this.memory.save_many(&checkpoints[..whole_pages])
+    };
+    let only_creates: fn(&Broken, &[(&str, i64)]) -> Result<()> = |this, checkpoints| {
+        if checkpoints.len() < 100 {
+            return this.memory.save_many(checkpoints);
+        }
+        let there = this.memory.all()?;
+        let is_new = |name: &str| there.iter().all(|checkpoint| checkpoint.projection != name);
+        let new: Vec<_> = checkpoints.iter().copied().filter(|(name, _)| is_new(name)).collect();
+        this.memory.save_many(&new)
+    };
+    for save_many in [of_pages, only_creates] {
+        let store = Broken { save_many, ..Broken::default() };
+        assert_found(&store, "save_many saves every one of many");
+    }
+}
+
+#[test]
+fn a_list_whose_pages_are_in_no_order_is_found() {
+    let store = Broken {
+        all: |this| {
+            let mut all = this.memory.all()?;
+            if all.len() > 1_000 {
+                all.rotate_left(1_000);
+            }
+            Ok(all)
+        },
+        ..Broken::default()
+    };
+    assert_found(&store, "however many there are");
+}
+
 /// Between the look and the write of a store that is not in this process.
 fn over_the_network() {
     std::thread::sleep(Duration::from_micros(50));
 }
 
 /// What depends on who comes first is found every time.
-fn assert_found_each_time(broken: fn() -> Box<dyn CheckpointStore>, promises: &[&str]) {
+fn assert_found_each_time(broken: fn() -> Broken, promises: &[&str]) {
     for _ in 0..5 {
         let verdict = verdict(&broken());
         assert!(promises.iter().any(|promise| verdict.contains(promise)), "{verdict}");
@@ -357,97 +409,192 @@ fn assert_found_each_time(broken: fn() -> Box<dyn CheckpointStore>, promises: &[
 
 #[test]
 fn deletes_that_are_both_told_true_are_found() {
-    let broken = || -> Box<dyn CheckpointStore> {
-        Box::new(Broken {
-            delete: |this, name| {
-                let was_there = this.memory.find(name)?.is_some();
-                over_the_network();
-                this.memory.delete(name)?;
-                Ok(was_there)
-            },
-            ..Broken::default()
-        })
+    let broken = || Broken {
+        delete: |this, name| {
+            let was_there = this.memory.find(name)?.is_some();
+            over_the_network();
+            this.memory.delete(name)?;
+            Ok(was_there)
+        },
+        ..Broken::default()
     };
     assert_found_each_time(broken, &["exactly one is told true"]);
 }
 
-/// Its advances take turns, and heed no save.
 #[test]
-fn an_advance_that_overwrites_a_save_is_found() {
-    static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let broken = || -> Box<dyn CheckpointStore> {
-        Box::new(Broken {
-            advance: |this, name, from, to| {
-                if from < 0 || to < from {
-                    return this.memory.advance(name, from, to);
-                }
-                let _turn = TURN.lock().unwrap();
-                let found = this.memory.get(name)?;
-                if found != from {
-                    return this.memory.advance(name, from, to);
-                }
-                over_the_network();
-                this.memory.save(name, to)
-            },
-            ..Broken::default()
-        })
+fn a_save_that_writes_all_rows_as_it_has_read_them_is_found() {
+    let broken = || Broken {
+        save: |this, name, offset| {
+            validate_projection(name)?;
+            validate_offset(offset)?;
+            let all = this.memory.all()?;
+            over_the_network();
+            let others = all.iter().filter(|other| other.projection != name);
+            let mut rows: Vec<_> =
+                others.map(|other| (other.projection.as_str(), other.offset)).collect();
+            rows.push((name, offset));
+            this.memory.save_many(&rows)
+        },
+        ..Broken::default()
     };
-    assert_found_each_time(
-        broken,
-        &["overwrite what was saved meanwhile", "exactly one is told true"],
-    );
+    assert_found_each_time(broken, &["no save is lost", "is seen by the next get of its thread"]);
+}
+
+/// An `advance` that is atomic among its like, and looks before it writes.
+fn advance_in_turn(this: &Broken, name: &str, from: i64, to: i64) -> Result<()> {
+    validate_advance(name, from, to)?;
+    let _turn = this.turn();
+    let found = this.memory.get(name)?;
+    if found != from {
+        return Err(Error::Conflict { projection: name.to_owned(), expected: from, found });
+    }
+    over_the_network();
+    this.memory.save(name, to)
+}
+
+type Store = fn() -> Broken;
+
+#[test]
+fn an_advance_that_takes_no_turns_with_some_other_operation_is_found() {
+    let kinds: [(Store, &str); 3] = [
+        (
+            || Broken {
+                delete: |this, name| {
+                    let _turn = this.turn();
+                    this.memory.delete(name)
+                },
+                save_many: |this, checkpoints| {
+                    let _turn = this.turn();
+                    this.memory.save_many(checkpoints)
+                },
+                ..Broken::default()
+            },
+            "an advance does not undo a save that came before it",
+        ),
+        (
+            || Broken {
+                delete: |this, name| {
+                    let _turn = this.turn();
+                    this.memory.delete(name)
+                },
+                save: |this, name, offset| {
+                    let _turn = this.turn();
+                    this.memory.save(name, offset)
+                },
+                ..Broken::default()
+            },
+            "an advance does not undo a save_many that came before it",
+        ),
+        (
+            || Broken {
+                save: |this, name, offset| {
+                    let _turn = this.turn();
+                    this.memory.save(name, offset)
+                },
+                save_many: |this, checkpoints| {
+                    let _turn = this.turn();
+                    this.memory.save_many(checkpoints)
+                },
+                ..Broken::default()
+            },
+            "an advance does not undo a delete that came before it",
+        ),
+    ];
+    for (broken, promise) in kinds {
+        for _ in 0..5 {
+            let store = Broken { advance: advance_in_turn, ..broken() };
+            let verdict = verdict(&store);
+            let by_its_count = "exactly one is told true";
+            assert!(verdict.contains(promise) || verdict.contains(by_its_count), "{verdict}");
+        }
+    }
 }
 
 #[test]
-fn a_wait_that_is_none_is_found() {
-    struct Impatient(MemoryCheckpointStore, bool);
-    impl CheckpointStore for Impatient {
-        fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
-            self.0.find(projection)
-        }
-        fn all(&self) -> Result<Vec<Checkpoint>> {
-            self.0.all()
-        }
-        fn save(&self, projection: &str, offset: i64) -> Result<()> {
-            self.0.save(projection, offset)
-        }
-        fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
-            self.0.advance(projection, from, to)
-        }
-        fn delete(&self, projection: &str) -> Result<bool> {
-            self.0.delete(projection)
-        }
-        fn wait_for(&self, projection: &str, offset: i64, timeout: Duration) -> Result<bool> {
-            if self.1 && timeout.is_zero() {
-                return Ok(false);
+fn an_advance_from_nothing_that_overwrites_a_save_is_found() {
+    let broken = || Broken {
+        advance: |this, name, from, to| {
+            validate_advance(name, from, to)?;
+            let turn = this.turn();
+            if from == 0 && this.memory.find(name)?.is_none() {
+                over_the_network();
+                return this.memory.save(name, to);
             }
-            self.0.wait_for(projection, offset, if self.1 { timeout } else { Duration::ZERO })
-        }
+            drop(turn);
+            this.memory.advance(name, from, to)
+        },
+        delete: |this, name| {
+            let _turn = this.turn();
+            this.memory.delete(name)
+        },
+        ..Broken::default()
+    };
+    assert_found_each_time(broken, &["does not undo a save", "exactly one is told true"]);
+}
+
+#[test]
+fn a_wait_that_is_none_or_too_long_is_found() {
+    type WaitFor = fn(&Broken, &str, i64, Duration) -> Result<bool>;
+    let waits: [(WaitFor, &str); 6] = [
+        (
+            |this, name, offset, _| this.memory.wait_for(name, offset, Duration::ZERO),
+            "until the time is over",
+        ),
+        (
+            |this, name, offset, timeout| {
+                Ok(this.memory.wait_for(name, offset, timeout)? && !timeout.is_zero())
+            },
+            "every checkpoint has reached 0",
+        ),
+        (
+            |this, name, offset, timeout| this.memory.wait_for(name, offset, timeout).map(|_| true),
+            "says false",
+        ),
+        (
+            |this, name, offset, timeout| {
+                let there = this.memory.get(name)? == offset;
+                Ok(this.memory.wait_for(name, offset, timeout)? && there)
+            },
+            "says true for what is there",
+        ),
+        (
+            |this, name, offset, timeout| {
+                let at_most = Duration::from_secs(11); // of 20 and more
+                std::thread::sleep(timeout.min(at_most));
+                this.memory.wait_for(name, offset, Duration::ZERO)
+            },
+            "does not wait for what is there",
+        ),
+        (
+            |this, name, offset, _| this.memory.wait_for(name, offset, Duration::MAX),
+            "says false when the time is over",
+        ),
+    ];
+    for (wait_for, promise) in waits {
+        assert_found(&Broken { wait_for, ..Broken::default() }, promise);
     }
-    assert_found(&Impatient(MemoryCheckpointStore::new(), false), "until the time is over");
-    assert_found(&Impatient(MemoryCheckpointStore::new(), true), "every checkpoint has reached 0");
 }
 
 #[test]
 fn a_save_many_that_saves_what_comes_before_invalid_input_is_found() {
-    let store = SaveMany {
-        memory: MemoryCheckpointStore::new(),
-        save_many: |memory, checkpoints| {
-            checkpoints.iter().try_for_each(|(projection, offset)| memory.save(projection, *offset))
+    let store = Broken {
+        save_many: |this, checkpoints| {
+            checkpoints.iter().try_for_each(|(name, offset)| this.memory.save(name, *offset))
         },
+        ..Broken::default()
     };
     assert_found(&store, "bad input changes nothing");
 }
 
 #[test]
 fn a_save_many_that_keeps_the_first_of_a_name_given_twice_is_found() {
-    let store = SaveMany {
-        memory: MemoryCheckpointStore::new(),
-        save_many: |memory, checkpoints| {
+    let store = Broken {
+        save_many: |this, checkpoints| {
             let mut reversed = checkpoints.to_vec();
             reversed.reverse();
-            memory.save_many(&reversed)
+            this.memory.save_many(&reversed)
         },
+        ..Broken::default()
     };
     assert_found(&store, "the last one stays");
 }
