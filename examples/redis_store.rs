@@ -53,16 +53,14 @@
 
 use std::collections::BTreeSet;
 use std::env;
-use std::error::Error as _;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use checkpoint_store::{
-    Checkpoint, CheckpointStore, Error, Result, conformance, validate_offset, validate_projection,
+    Checkpoint, CheckpointStore, Error, Result, conformance, validate_advance, validate_offset,
+    validate_projection,
 };
-use clap::error::ErrorKind;
-use clap::{CommandFactory as _, Parser};
 use redis::{
     Client, Commands, Connection, RedisError, RedisResult, RetryMethod, ScanOptions, Script,
 };
@@ -238,13 +236,7 @@ impl CheckpointStore for RedisCheckpointStore {
     }
 
     fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
-        validate_projection(projection)?;
-        validate_offset(from)?;
-        validate_offset(to)?;
-        if to < from {
-            let reason = "an advance does not go back";
-            return Err(Error::InvalidOffset { offset: to, reason });
-        }
+        validate_advance(projection, from, to)?;
         let mut advance = self.advance.key(self.key(projection));
         advance.arg(from).arg(to);
         // The second time it would run into what it did the first time: a Conflict with itself.
@@ -305,41 +297,22 @@ fn failure(operation: &'static str, cause: RedisError) -> Error {
     }
 }
 
-const MORE_HELP: &str = "\
-Environment:
-  REDIS_URL  the Redis to use: redis://127.0.0.1/
-
-Exit code:
-  0    all is well
-  1    a failure
-  2    the command line makes no sense, or there is no REDIS_URL
-  101  --verify found a broken promise";
-
-/// Handles the next few events of a stream, and resumes where it was
-#[derive(Parser)]
-#[command(name = "redis_store", after_help = MORE_HELP)]
-struct Arguments {
-    /// Try every promise of the store instead
-    #[arg(long)]
-    verify: bool,
-}
-
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
     let Ok(url) = env::var("REDIS_URL") else {
-        let reason = "REDIS_URL does not say which Redis to use";
-        Arguments::command().error(ErrorKind::MissingRequiredArgument, reason).exit()
+        eprintln!("error: REDIS_URL does not say which Redis to use");
+        return ExitCode::FAILURE;
     };
-    let outcome = if arguments.verify { verify_store(&url) } else { project(&url) };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Not the whole chain: a `RedisError` shows its own cause.
-            let cause = error.source().map(|cause| format!(": {cause}")).unwrap_or_default();
-            eprintln!("error: {error}{cause}");
-            ExitCode::FAILURE
+    let outcome = match env::args().nth(1).as_deref() {
+        None => project(&url),
+        Some("--verify") => verify_store(&url),
+        Some(other) => {
+            eprintln!("error: {other:?} is not --verify");
+            return ExitCode::FAILURE;
         }
-    }
+    };
+    let Err(error) = outcome else { return ExitCode::SUCCESS };
+    eprintln!("error: {}", error.report());
+    ExitCode::FAILURE
 }
 
 /// Tries every promise of a store, under a prefix that nobody has used.

@@ -322,7 +322,7 @@ fn nothing_is_cut_however_much_there_is(store: &dyn CheckpointStore) {
         let listed: Vec<_> =
             all(store).into_iter().map(|found| (found.projection, found.offset)).collect();
         let by_name: BTreeMap<_, _> = listed.iter().cloned().collect();
-        for &(name, offset) in many.iter().filter(|it| by_name.get(it.0) != Some(&it.1)) {
+        if let Some(&(name, offset)) = many.iter().find(|it| by_name.get(it.0) != Some(&it.1)) {
             let found = get(store, name);
             assert_eq!(found, offset, "conformance: save_many saves every one of many: {name:?}");
             panic!("conformance: all lists every one of many, as it is: not {name:?}");

@@ -39,16 +39,13 @@ use crate::board::Board;
 use crate::options::Options;
 
 fn main() -> ExitCode {
-    match run(Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let Err(error) = run() else { return ExitCode::SUCCESS };
+    eprintln!("error: {error:#}");
+    ExitCode::FAILURE
 }
 
-fn run(options: Options) -> Result<()> {
+fn run() -> Result<()> {
+    let options = Options::parse()?;
     let server = Server::http(options.listen)
         .map_err(|error| anyhow!("cannot listen on {}: {error}", options.listen))?;
     let address = server.server_addr().to_ip().context("the server has no address")?;

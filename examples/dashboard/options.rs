@@ -5,52 +5,30 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use checkpoint_store::{HealthCheck, validate_projection};
-use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{CommandFactory as _, Parser, value_parser};
+use clap::{Parser, value_parser};
 
 use crate::source::Source;
 
-const MORE_HELP: &str = "\
-Environment:
-  DATABASE_URL  the PostgreSQL database of the checkpoints, which are in its table
-                public.projection_checkpoints; without it a demo runs in memory
-
-Exit code:
-  0  Ctrl-C was pressed, or --check found all well
-  1  a failure
-  2  the command line makes no sense";
-
 /// Shows how far each projection is behind its stream
 #[derive(Parser)]
-#[command(name = "dashboard", after_help = MORE_HELP, args_override_self = true)]
+#[command(name = "dashboard")]
 struct Arguments {
     /// A query for the offset of the last event, one value; none or NULL is an empty stream; needed
     /// with `DATABASE_URL`, e.g. 'SELECT max(id) FROM events'
-    #[arg(long, value_name = "SQL", allow_hyphen_values = true)]
+    #[arg(long, value_name = "SQL")]
     head_query: Option<String>,
 
     /// Show this projection even before its first save; repeatable
-    #[arg(
-        long = "projection",
-        value_name = "NAME",
-        value_parser = projection,
-        allow_hyphen_values = true
-    )]
+    #[arg(long = "projection", value_name = "NAME")]
     projections: Vec<String>,
 
     /// The lag from which on a projection is unhealthy
-    #[arg(
-        long,
-        value_name = "EVENTS",
-        default_value_t = 1_000,
-        value_parser = value_parser!(i64).range(1..),
-        allow_negative_numbers = true
-    )]
+    #[arg(long, value_name = "EVENTS", default_value_t = 1_000, value_parser = value_parser!(i64).range(1..))]
     critical_lag: i64,
 
     /// A projection that lags and has not saved for longer than this is unhealthy too
     /// [default: off]
-    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true)]
+    #[arg(long, value_name = "SECONDS")]
     stalled_after: Option<NonZeroU64>,
 
     /// Where to serve; port 0 takes a free one, and the first line of output names it
@@ -63,11 +41,6 @@ struct Arguments {
     check: bool,
 }
 
-fn projection(name: &str) -> checkpoint_store::Result<String> {
-    validate_projection(name)?;
-    Ok(name.to_owned())
-}
-
 pub(crate) struct Options {
     pub(crate) listen: SocketAddr,
     pub(crate) check: bool,
@@ -77,29 +50,22 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// Exits when there are none to be had: for help, or with an error.
-    pub(crate) fn parse() -> Self {
-        let arguments = Arguments::try_parse().unwrap_or_else(|mut error| {
-            // With a value that makes no sense clap does not show the usage by itself.
-            let usage = Arguments::command().render_usage();
-            error.insert(ContextKind::Usage, ContextValue::StyledStr(usage));
-            error.exit()
-        });
-        let source = source(arguments.head_query).unwrap_or_else(|reason| {
-            Arguments::command().error(ErrorKind::ValueValidation, reason).exit()
-        });
+    pub(crate) fn parse() -> Result<Self> {
+        let arguments = Arguments::parse();
+        let source = source(arguments.head_query)?;
+        arguments.projections.iter().try_for_each(|name| validate_projection(name))?;
         let mut health = HealthCheck::new().critical_lag(arguments.critical_lag);
         if let Some(seconds) = arguments.stalled_after {
             health = health.stalled_after(Duration::from_secs(seconds.get()));
         }
         let usual_port = if arguments.check { 0 } else { 8080 };
-        Self {
+        Ok(Self {
             listen: arguments.listen.unwrap_or_else(|| (Ipv4Addr::LOCALHOST, usual_port).into()),
             check: arguments.check,
             source,
             projections: arguments.projections,
             health,
-        }
+        })
     }
 }
 

@@ -46,7 +46,7 @@ mod projections;
 mod read_model;
 mod report;
 
-use std::env::{self, VarError};
+use std::env;
 use std::io::{self, Write as _};
 use std::num::NonZeroU64;
 use std::path::PathBuf;
@@ -57,13 +57,11 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, ScopedJoinHandle};
 use std::{iter, panic};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use checkpoint_store::{MemoryCheckpointStore, PostgresCheckpointStore};
-use clap::error::{ContextKind, ContextValue};
-use clap::{CommandFactory as _, Parser};
+use clap::Parser;
 
 use crate::events::{Input, OrderEvent};
-use crate::progress::Progress;
 use crate::projections::{OrderSummary, Projection, Rows, SalesFunnel};
 use crate::read_model::ReadModel;
 use crate::report::{Fold, Projected};
@@ -115,23 +113,13 @@ impl Crash {
     }
 }
 
-const MORE_HELP: &str = "\
-Environment:
-  DATABASE_URL  the PostgreSQL database to keep read models and checkpoints in;
-                without it they are in memory
-
-Exit code:
-  0  all is well
-  1  a failure, or a read model is not what it should be
-  2  the command line makes no sense";
-
 /// Projects order events into two read models, and resumes where it was
 #[derive(Parser)]
-#[command(name = "order_summary", after_help = MORE_HELP, args_override_self = true)]
+#[command(name = "order_summary")]
 struct Arguments {
     /// Abort the process once this run has applied N events, both projections counted together;
     /// the last batch is then written to its read model, but neither checkpointed nor committed
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N")]
     crash_after: Option<NonZeroU64>,
 
     /// Order events as JSON Lines; `-` is standard input; without it 100,000 events are generated
@@ -139,40 +127,25 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::try_parse().unwrap_or_else(|mut error| {
-        // With a value that makes no sense clap does not show the usage by itself.
-        let usage = Arguments::command().render_usage();
-        error.insert(ContextKind::Usage, ContextValue::StyledStr(usage));
-        error.exit()
-    });
-    match run(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let Err(error) = run(&Arguments::parse()) else { return ExitCode::SUCCESS };
+    eprintln!("error: {error:#}");
+    ExitCode::FAILURE
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
     let input = Input::open(arguments.file.as_deref())?;
     let crash = &Crash { after: arguments.crash_after, applied: AtomicU64::new(0) };
-    match env::var("DATABASE_URL") {
-        Ok(url) => {
-            let store = &PostgresCheckpointStore::connect(&url)?;
-            store.migrate()?;
-            let (orders, funnel) = (ReadModel::InPostgres(store), ReadModel::InPostgres(store));
-            project_both(input, orders, funnel, crash)
-        }
-        Err(VarError::NotPresent) => {
-            let store = &MemoryCheckpointStore::new();
-            let orders = ReadModel::InMemory(store, Rows::<OrderSummary>::new());
-            let funnel = ReadModel::InMemory(store, Rows::<SalesFunnel>::new());
-            project_both(input, orders, funnel, crash)
-        }
-        // Its own message would show the value, password and all.
-        Err(VarError::NotUnicode(_)) => bail!("DATABASE_URL is not valid Unicode"),
-    }
+    let Some(url) = env::var_os("DATABASE_URL") else {
+        let store = &MemoryCheckpointStore::new();
+        let orders = ReadModel::InMemory(store, Rows::<OrderSummary>::new());
+        let funnel = ReadModel::InMemory(store, Rows::<SalesFunnel>::new());
+        return project_both(input, orders, funnel, crash);
+    };
+    let url = url.to_str().context("DATABASE_URL is not UTF-8")?; // its value may hold a password
+    let store = &PostgresCheckpointStore::connect(url)?;
+    store.migrate()?;
+    let (orders, funnel) = (ReadModel::InPostgres(store), ReadModel::InPostgres(store));
+    project_both(input, orders, funnel, crash)
 }
 
 /// Feeds both projections, then says how far each has got and whether it is right.
@@ -212,7 +185,7 @@ fn project_both(
 
 /// Sends each event to every projection and to the fold. What was sent before an error counts.
 fn feed(input: Input, fold: &mut Fold, projections: &[SyncSender<Arc<OrderEvent>>]) -> Result<()> {
-    let mut progress = Progress::new(input.expected);
+    let bar = progress::bar(input.expected);
     for event in input.events {
         let event = Arc::new(event?);
         fold.add(&event);
@@ -222,7 +195,7 @@ fn feed(input: Input, fold: &mut Fold, projections: &[SyncSender<Arc<OrderEvent>
                 return Ok(());
             }
         }
-        progress.add_one();
+        progress::advance(&bar);
     }
     Ok(())
 }

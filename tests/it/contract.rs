@@ -70,6 +70,8 @@ impl CheckpointStore for Minimal {
     }
 }
 
+type SaveMany = fn(&Broken, &[(&str, i64)]) -> Result<()>;
+
 /// A correct store over the memory store, until one of its methods is replaced.
 struct Broken {
     memory: MemoryCheckpointStore,
@@ -78,7 +80,7 @@ struct Broken {
     all: fn(&Broken) -> Result<Vec<Checkpoint>>,
     delete: fn(&Broken, &str) -> Result<bool>,
     find: fn(&Broken, &str) -> Result<Option<Checkpoint>>,
-    save_many: fn(&Broken, &[(&str, i64)]) -> Result<()>,
+    save_many: SaveMany,
     wait_for: fn(&Broken, &str, i64, Duration) -> Result<bool>,
     calls: AtomicU64,
     /// For those whose operations take turns, but not all of them.
@@ -357,14 +359,14 @@ thread_local! {
 
 #[test]
 fn a_save_many_of_many_that_is_not_all_of_them_is_found() {
-    let of_pages: fn(&Broken, &[(&str, i64)]) -> Result<()> = |this, checkpoints| {
+    let of_pages: SaveMany = |this, checkpoints| {
         let whole_pages = match checkpoints.len() {
             few @ ..25 => few,
             many => many / 25 * 25,
         };
         this.memory.save_many(&checkpoints[..whole_pages])
     };
-    let only_creates: fn(&Broken, &[(&str, i64)]) -> Result<()> = |this, checkpoints| {
+    let only_creates: SaveMany = |this, checkpoints| {
         if checkpoints.len() < 100 {
             return this.memory.save_many(checkpoints);
         }

@@ -366,45 +366,6 @@ fn a_batch_that_the_database_refuses_leaves_no_trace() {
 }
 
 #[test]
-fn help_is_printed_on_demand_and_shows_no_secret() {
-    for option in ["--help", "-h"] {
-        let output =
-            job(Some("postgres://app:hunter2@localhost/app")).arg(option).output().unwrap();
-        assert_success(&output);
-        let stdout = stdout(&output);
-        for part in [
-            "Usage: order_summary [OPTIONS] [FILE]\n",
-            "--crash-after <N>",
-            "DATABASE_URL",
-            "Exit code:",
-        ] {
-            assert!(stdout.contains(part), "{stdout}");
-        }
-        assert!(!stdout.contains("hunter2"), "{stdout}");
-        assert_eq!(stderr(&output), "");
-    }
-}
-
-#[test]
-fn a_command_line_that_makes_no_sense_is_exit_code_2_and_shows_the_usage() {
-    for (arguments, reason) in [
-        (&["--frobnicate"][..], "unexpected argument '--frobnicate'"),
-        (&["--crash-after"], "a value is required for '--crash-after <N>'"),
-        (&["--crash-after", "0"], "invalid value '0' for '--crash-after <N>'"),
-        (&["--crash-after", "-5"], "invalid value '-5' for '--crash-after <N>'"),
-        (&["--crash-after", "many"], "invalid value 'many' for '--crash-after <N>'"),
-        (&["a.jsonl", "b.jsonl"], "unexpected argument 'b.jsonl'"),
-    ] {
-        let output = job(None).args(arguments).output().unwrap();
-        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {output:?}");
-        let stderr = stderr(&output);
-        assert!(stderr.starts_with(&format!("error: {reason}")), "{arguments:?}: {stderr}");
-        assert!(stderr.contains("\nUsage: order_summary "), "{arguments:?}: {stderr}");
-        assert_eq!(stdout(&output), "", "{arguments:?}");
-    }
-}
-
-#[test]
 fn a_file_that_is_not_there_is_named() {
     let output = job(None).arg("no-such-file.jsonl").output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");

@@ -1,4 +1,4 @@
-//! What the source system does, row by row of the table in the design: it all works here.
+//! What the C# store does, row by row of the table at the end of `src/guide/from_csharp.md`.
 
 use std::time::{Duration, SystemTime};
 
