@@ -11,6 +11,7 @@ const PROJECT: &str = "project";
 const PREPARED: &str = "project, prepared";
 const IN_TRANSACTION: &str = "in_transaction";
 const BY_HAND: &str = "by hand";
+const AT_FIRST: &str = "by hand, at first";
 const BY_HAND_PREPARED: &str = "by hand, prepared";
 const WITHOUT: &str = "without";
 
@@ -27,6 +28,7 @@ pub(crate) fn print(durability: &str, server: &Server, events: i64) {
             candidate(PREPARED, |projected| projected.project_prepared()),
             candidate(IN_TRANSACTION, Projected::in_transaction),
             candidate(BY_HAND, Projected::by_hand),
+            candidate(AT_FIRST, Projected::by_hand_at_first),
             candidate(BY_HAND_PREPARED, Projected::by_hand_prepared),
             candidate(WITHOUT, Projected::without),
         ],
@@ -38,6 +40,7 @@ pub(crate) fn print(durability: &str, server: &Server, events: i64) {
     let durable = durability == "durable";
     if events == 1 {
         row("`project` / by hand", AtMost(1.05), (PROJECT, BY_HAND));
+        row("`project` / by hand with `query` and `execute`", Target::None, (PROJECT, AT_FIRST));
         let gain = AtMost(if durable { 0.75 } else { 0.6 });
         row("`project` prepared / by hand", gain, (PREPARED, BY_HAND));
         row("`project` prepared / by hand prepared", AtMost(1.05), (PREPARED, BY_HAND_PREPARED));

@@ -27,7 +27,9 @@ impl Batches {
         let mut client = client(&server.params());
         client
             .batch_execute(
-                "CREATE TABLE IF NOT EXISTS totals (customer bigint PRIMARY KEY, amount bigint)",
+                "CREATE TABLE IF NOT EXISTS totals (customer bigint PRIMARY KEY, amount bigint);
+                 INSERT INTO totals SELECT n, 0 FROM generate_series(0, 99) AS n
+                 ON CONFLICT DO NOTHING",
             )
             .expect("a read model");
         let customers = (0..events).map(|event| event % 100).collect();
@@ -57,12 +59,18 @@ impl Batches {
 
 /// What a batch does to the read model, in one unnamed statement.
 fn apply(tx: &mut Transaction<'_>, customers: &[i64], amounts: &[i64]) {
+    const APPLY_ONE: &str = "UPDATE totals SET amount = amount + $2 WHERE customer = $1";
     const APPLY: &str = "
         INSERT INTO totals (customer, amount)
         SELECT customer, sum(amount)
         FROM unnest($1::bigint[], $2::bigint[]) AS events (customer, amount)
         GROUP BY customer
         ON CONFLICT (customer) DO UPDATE SET amount = totals.amount + EXCLUDED.amount";
+    if let ([customer], [amount]) = (customers, amounts) {
+        tx.execute_typed(APPLY_ONE, &[(customer, Type::INT8), (amount, Type::INT8)])
+            .expect("applied");
+        return;
+    }
     tx.execute_typed(APPLY, &[(&customers, Type::INT8_ARRAY), (&amounts, Type::INT8_ARRAY)])
         .expect("applied");
 }
@@ -124,6 +132,17 @@ impl Projected {
         apply(&mut tx, customers, amounts);
         tx.execute_typed(SAVE, &[(&self.projection, Type::TEXT), (&next, Type::INT8)])
             .expect("saved");
+        tx.commit().expect("committed");
+    }
+
+    /// As somebody writes it first: `query` and `execute` prepare each statement, and forget it.
+    pub(crate) fn by_hand_at_first(&mut self) {
+        let Batches { client, customers, amounts, .. } = &mut self.batches;
+        let mut tx = client.transaction().expect("a transaction");
+        let row = tx.query_one(LOCK, &[&self.projection]).expect("locked");
+        let next = row.get::<_, i64>(0) + 1;
+        apply(&mut tx, customers, amounts);
+        tx.execute(SAVE, &[&self.projection, &next]).expect("saved");
         tx.commit().expect("committed");
     }
 

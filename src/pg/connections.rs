@@ -95,32 +95,9 @@ impl Connections {
         &self,
         operation: &'static str,
         subject: impl fmt::Display,
-        mut statement: impl FnMut(&mut PooledClient) -> Outcome<T>,
+        statement: impl FnMut(&mut PooledClient) -> Outcome<T>,
     ) -> Result<T> {
-        let mut patience = self.patience();
-        let mut unfit = None;
-        loop {
-            let mut connection = self
-                .check_out_unless(
-                    PooledClient::may_be_read_only,
-                    operation,
-                    &subject,
-                    &mut patience,
-                )
-                .map_err(|none| told_before(unfit.take(), none, operation, &subject))?;
-            let cause = match statement(&mut connection) {
-                Ok(answer) => {
-                    connection.mark_working();
-                    return Ok(answer);
-                }
-                Err(cause) => cause,
-            };
-            let aftermath = connection.check_in_after(cause.as_ref());
-            if aftermath == Aftermath::Refused || !patience.pause() {
-                return Err(failure(operation, subject, cause));
-            }
-            unfit = aftermath.is_of_the_connection().then_some(cause);
-        }
+        self.run(PooledClient::may_be_read_only, Aftermath::is_final, operation, subject, statement)
     }
 
     /// Runs a statement that must not run twice: it runs again only if it has certainly not
@@ -129,13 +106,25 @@ impl Connections {
         &self,
         operation: &'static str,
         subject: impl fmt::Display,
+        statement: impl FnMut(&mut PooledClient) -> Outcome<T>,
+    ) -> Result<T> {
+        let is_over = |aftermath: Aftermath| aftermath == Aftermath::Lost || aftermath.is_final();
+        self.run(PooledClient::is_suspect, is_over, operation, subject, statement)
+    }
+
+    fn run<T>(
+        &self,
+        is_in_doubt: fn(&mut PooledClient) -> bool,
+        is_over: fn(Aftermath) -> bool,
+        operation: &'static str,
+        subject: impl fmt::Display,
         mut statement: impl FnMut(&mut PooledClient) -> Outcome<T>,
     ) -> Result<T> {
         let mut patience = self.patience();
         let mut unfit = None;
         loop {
             let mut connection = self
-                .check_out_tested(operation, &subject, &mut patience)
+                .check_out_unless(is_in_doubt, operation, &subject, &mut patience)
                 .map_err(|none| told_before(unfit.take(), none, operation, &subject))?;
             let cause = match statement(&mut connection) {
                 Ok(answer) => {
@@ -145,11 +134,7 @@ impl Connections {
                 Err(cause) => cause,
             };
             let aftermath = connection.check_in_after(cause.as_ref());
-            let is_over = match aftermath {
-                Aftermath::Lost | Aftermath::Refused => true,
-                Aftermath::Unfit | Aftermath::ReadOnly | Aftermath::RolledBack => false,
-            };
-            if is_over || !patience.pause() {
+            if is_over(aftermath) || !patience.pause() {
                 return Err(failure(operation, subject, cause));
             }
             unfit = aftermath.is_of_the_connection().then_some(cause);

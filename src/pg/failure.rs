@@ -43,6 +43,11 @@ impl Aftermath {
         }
     }
 
+    /// Whether another try would end the same way.
+    pub(crate) fn is_final(self) -> bool {
+        self == Self::Refused
+    }
+
     /// Whether another connection may be a better one.
     pub(crate) fn is_of_the_connection(self) -> bool {
         matches!(self, Self::Unfit | Self::ReadOnly)

@@ -92,7 +92,9 @@ impl PostgresCheckpointStore {
     /// since the first failure. When the answer to COMMIT was lost the store looks: if the
     /// checkpoint is where this call wanted it, the batch is committed, and this call returns it. So
     /// one call is never two batches. A connection that is lost *while `apply` runs* is given up
-    /// after three times, for its own statement may be what kills the server.
+    /// after three times, for its own statement may be what kills the server. That is known by the
+    /// error that `apply` returns: where it swallows it, the loss shows at the save, and is tried
+    /// again for the whole time.
     ///
     /// It need not roll back or commit, and must not do so by a statement of its own: after a
     /// hand-written ROLLBACK the save would be a transaction of its own. What is expected to fail
@@ -107,9 +109,9 @@ impl PostgresCheckpointStore {
     ///
     /// # Idle projections
     ///
-    /// A call that finds nothing new is four round trips besides those of `apply`, and costs the server a transaction id and
-    /// 96 bytes of log, because it takes the row. Where many projections are idle, ask cheaply first:
-    /// compare [`get`](crate::CheckpointStore::get) with the end of the stream.
+    /// A call that finds nothing new is four round trips besides those of `apply`, and costs the server
+    /// a transaction id and 96 bytes of log, because it takes the row. Where many projections are idle,
+    /// ask cheaply first: compare [`get`](crate::CheckpointStore::get) with the end of the stream.
     ///
     /// # Errors
     ///
@@ -224,6 +226,7 @@ impl PostgresCheckpointStore {
             if !mem::replace(&mut has_failed, true) {
                 patience = connections.patience();
             }
+            // After what is not final nothing has happened, or the lock will tell.
             let (worth_another_try, error) = match ended {
                 Ended::At(_, cause)
                     if is_stale(cause.as_ref()) && client.prepares && !has_prepared_anew =>
@@ -234,14 +237,14 @@ impl PostgresCheckpointStore {
                 }
                 Ended::At(step, cause) => {
                     let aftermath = client.check_in_after(cause.as_ref());
-                    (is_undone(aftermath), failure(step, subject, name_the_pooler(cause)))
+                    (!aftermath.is_final(), failure(step, subject, name_the_pooler(cause)))
                 }
                 Ended::AtCommit(to, cause) => {
                     let aftermath = client.check_in_after(cause.as_ref());
                     if aftermath == Aftermath::Lost {
                         attempt.in_doubt = Some(to);
                     }
-                    (is_undone(aftermath), failure("commit", subject, cause))
+                    (!aftermath.is_final(), failure("commit", subject, cause))
                 }
                 Ended::Applying(error) => (false, error),
                 Ended::LostWhileApplying(error) => {
@@ -261,14 +264,6 @@ impl PostgresCheckpointStore {
             // Why a connection was thrown away says more than that there is no other in time.
             unfit = matches!(error, Error::Backend { .. }).then_some(error);
         }
-    }
-}
-
-/// Whether nothing has happened, or the lock will tell.
-fn is_undone(aftermath: Aftermath) -> bool {
-    match aftermath {
-        Aftermath::Lost | Aftermath::Unfit | Aftermath::ReadOnly | Aftermath::RolledBack => true,
-        Aftermath::Refused => false,
     }
 }
 

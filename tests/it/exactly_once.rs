@@ -49,10 +49,11 @@ fn check(client: &mut Client) {
 fn each_event_counts_once_whatever_happens_to_the_program_and_its_connections() {
     let server = Server::start(Options::fast());
     let url = server.url("postgres");
-    let start = || Running::start(&mut exactly_once(&url));
+    let start =
+        |name: &str| Running::start(&mut exactly_once(&format!("{url}?application_name={name}")));
     let mut client = server.client();
     // Two at once: they make the tables, and then they are rivals.
-    let (mut survivor, mut mortal) = (start(), start());
+    let (mut survivor, mut mortal) = (start("survivor"), start("mortal"));
     survivor.wait_until("the first events are there", || checkpoint(&mut client) == 99);
     for round in 0..8 {
         let last = append(&mut client, 5_000);
@@ -60,7 +61,9 @@ fn each_event_counts_once_whatever_happens_to_the_program_and_its_connections() 
             mortal.wait_until("it gets on", || checkpoint(&mut client) > last - 4_000);
             drop(mortal);
             check(&mut client);
-            mortal = start();
+            let name = format!("mortal_{round}");
+            mortal = start(&name);
+            mortal.wait_until("it is at work", || harness::sessions(&mut client, &name) >= 2);
         } else {
             let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                        WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";

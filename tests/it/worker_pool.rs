@@ -46,9 +46,10 @@ fn check(client: &mut Client) {
 fn each_event_counts_once_whatever_happens_to_the_workers_and_their_connections() {
     let server = Server::start(Options::fast());
     let url = server.url("postgres");
-    let start = || Running::start(&mut worker_pool(&url));
+    let start =
+        |name: &str| Running::start(&mut worker_pool(&format!("{url}?application_name={name}")));
     let mut client = server.client();
-    let (mut survivor, mut mortal) = (start(), start());
+    let (mut survivor, mut mortal) = (start("survivor"), start("mortal"));
     survivor.wait_until("the first events are there", || arrived(&mut client, 900) == TENANTS);
     for round in 0..6 {
         let last = append(&mut client, 2_000);
@@ -56,7 +57,9 @@ fn each_event_counts_once_whatever_happens_to_the_workers_and_their_connections(
             mortal.wait_until("some get on", || arrived(&mut client, last - 1_000) >= 5);
             drop(mortal);
             check(&mut client);
-            mortal = start();
+            let name = format!("mortal_{round}");
+            mortal = start(&name);
+            mortal.wait_until("it is at work", || harness::sessions(&mut client, &name) >= 2);
         } else {
             let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                        WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";

@@ -97,6 +97,12 @@ pub(crate) fn wait_for_a_waiter(observer: &mut Client, text: &str) {
     });
 }
 
+/// How many connections an application has.
+pub(crate) fn sessions(observer: &mut Client, application: &str) -> i64 {
+    let query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1";
+    observer.query_one(query, &[&application]).expect("a row").get(0)
+}
+
 /// Ends a backend as an administrator does, and waits until it is gone.
 pub(crate) fn end_backend(admin: &mut Client, pid: i32) {
     admin.execute("SELECT pg_terminate_backend($1)", &[&pid]).expect("a superuser");
