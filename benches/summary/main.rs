@@ -20,13 +20,13 @@ use std::hint::black_box;
 
 use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
 
-use paired::{Candidate, Measured, side_by_side};
+use paired::{Candidate, Measured, side_by_side, side_by_side_anew};
 use report::Target::{self, AtLeast, AtMost};
 use report::{print_head, print_machine, print_throughput, print_time};
 use support::{
     BARE_PREPARED, BARE_TYPED, BY_HAND, BareMap, Batches, DURABLE, GROUPED, OURS, PREPARED,
-    ROUND_TRIP, SERVERS, SavedBy, Server, SharedStores, Turns, WAYS, has_argument, has_pgbench,
-    only_a_test, pgbench, scattered, times_each,
+    ROUND_TRIP, SERVERS, SavedBy, Server, SharedStores, Turns, WAYS, Way, has_argument,
+    has_pgbench, only_a_test, pgbench, scattered, times_each,
 };
 
 fn main() {
@@ -127,15 +127,15 @@ fn rounds(full: usize) -> usize {
 }
 
 fn saves(server: &Server) -> Measured {
-    let candidates = WAYS.iter().map(|&(name, way)| {
+    let candidate = |&(name, way): &Way| {
         let mut save = way(server);
         let mut turns = Turns::new();
         Candidate::new(name, 20, move || {
             let (projection, offset) = turns.next();
             save(projection, offset);
         })
-    });
-    side_by_side(rounds(300), candidates.collect())
+    };
+    side_by_side_anew(rounds(300), || WAYS.iter().map(candidate).collect())
 }
 
 fn print_saves(durability: &str, saves: &Measured) {
@@ -158,12 +158,13 @@ fn transactions(durability: &str, server: &Server) {
         let mut batches = Batches::new(server, 100);
         Candidate::new(name, 10, move || batches.process(saved_by))
     };
-    let candidates = vec![
-        candidate(ours, SavedBy::Us),
-        candidate(by_hand, SavedBy::Hand),
-        candidate(without, SavedBy::Nobody),
-    ];
-    let measured = side_by_side(rounds(300), candidates);
+    let measured = side_by_side_anew(rounds(300), || {
+        vec![
+            candidate(ours, SavedBy::Us),
+            candidate(by_hand, SavedBy::Hand),
+            candidate(without, SavedBy::Nobody),
+        ]
+    });
     let what = format!("transaction of 100 events, our save / the same by hand, {durability}");
     print_time(&what, AtMost(1.05), &measured, (ours, by_hand));
     let what = format!("transaction of 100 events, our save / no save, {durability}");

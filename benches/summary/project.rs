@@ -1,7 +1,7 @@
 use checkpoint_store::CheckpointStore;
 use checkpoint_store::postgres::types::Type;
 
-use crate::paired::{Candidate, side_by_side};
+use crate::paired::{Candidate, side_by_side_anew};
 use crate::report::Target::{self, AtMost};
 use crate::report::print_time;
 use crate::rounds;
@@ -21,8 +21,7 @@ pub(crate) fn print(durability: &str, server: &Server, events: i64) {
         let mut projected = Projected::new(server, events, name);
         Candidate::new(name, 10, move || process(&mut projected))
     };
-    let measured = side_by_side(
-        rounds(300),
+    let measured = side_by_side_anew(rounds(300), || {
         vec![
             candidate(PROJECT, |projected| projected.project()),
             candidate(PREPARED, |projected| projected.project_prepared()),
@@ -31,8 +30,8 @@ pub(crate) fn print(durability: &str, server: &Server, events: i64) {
             candidate(AT_FIRST, Projected::by_hand_at_first),
             candidate(BY_HAND_PREPARED, Projected::by_hand_prepared),
             candidate(WITHOUT, Projected::without),
-        ],
-    );
+        ]
+    });
     let row = |what: &str, target, pair| {
         let events = if events == 1 { "1 event".to_owned() } else { format!("{events} events") };
         print_time(&format!("{what}, {events}, {durability}"), target, &measured, pair);
@@ -54,45 +53,43 @@ pub(crate) fn print(durability: &str, server: &Server, events: i64) {
 
 /// The plain statements, against the same without this crate.
 pub(crate) fn print_statements(durability: &str, server: &Server) {
-    let store = store(server);
-    let mut advanced = 0;
-    store.save("advanced", 0).expect("a checkpoint");
-    let advance = || {
-        store.advance("advanced", advanced, advanced + 1).expect("advanced");
-        advanced += 1;
-    };
-    let mut moved_to = 0_i64;
-    store.save("moved", 0).expect("a checkpoint");
-    store.save("read", 0).expect("a checkpoint"); // one that nobody writes to meanwhile
-    let mut mover = client(&server.params());
-    let compare_and_set = || {
-        let next = moved_to + 1;
-        let rows = mover
-            .execute_typed(
-                include_str!("../../sql/advance.sql"),
-                &[(&"moved", Type::TEXT), (&moved_to, Type::INT8), (&next, Type::INT8)],
-            )
-            .expect("moved");
-        assert_eq!(rows, 1);
-        moved_to = next;
-    };
-    let get = || assert!(store.get("read").expect("read") >= 0);
-    let mut reader = client(&server.params());
-    let select = || {
-        let row = reader
-            .query_typed_one(include_str!("../../sql/find.sql"), &[(&"read", Type::TEXT)])
-            .expect("read");
-        assert!(row.get::<_, i64>(1) >= 0);
-    };
-    let measured = side_by_side(
-        rounds(300),
+    let measured = side_by_side_anew(rounds(300), || {
+        let store = store(server);
+        for name in ["advanced", "moved", "read"] {
+            store.save(name, 0).expect("a checkpoint");
+        }
+        let (reading, mut mover, mut reader) =
+            (store.clone(), client(&server.params()), client(&server.params()));
+        let (mut advanced_to, mut moved_to) = (0_i64, 0_i64);
+        let advance = move || {
+            store.advance("advanced", advanced_to, advanced_to + 1).expect("advanced");
+            advanced_to += 1;
+        };
+        let compare_and_set = move || {
+            let next = moved_to + 1;
+            let rows = mover
+                .execute_typed(
+                    include_str!("../../sql/advance.sql"),
+                    &[(&"moved", Type::TEXT), (&moved_to, Type::INT8), (&next, Type::INT8)],
+                )
+                .expect("moved");
+            assert_eq!(rows, 1);
+            moved_to = next;
+        };
+        let get = move || assert!(reading.get("read").expect("read") >= 0);
+        let select = move || {
+            let row = reader
+                .query_typed_one(include_str!("../../sql/find.sql"), &[(&"read", Type::TEXT)])
+                .expect("read");
+            assert!(row.get::<_, i64>(1) >= 0);
+        };
         vec![
             Candidate::new("advance", 20, advance),
             Candidate::new("compare and set", 20, compare_and_set),
             Candidate::new("get", 20, get),
             Candidate::new("select", 20, select),
-        ],
-    );
+        ]
+    });
     let row = |what: &str, pair| {
         print_time(&format!("{what}, {durability}"), AtMost(1.05), &measured, pair);
     };

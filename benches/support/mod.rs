@@ -18,7 +18,7 @@ use checkpoint_store::{Cadence, PostgresCheckpointStore};
 
 pub(crate) use harness::{Options, Server, client, wait_until};
 pub(crate) use saves::{
-    BARE_PREPARED, BARE_TYPED, BY_HAND, GROUPED, OURS, PREPARED, ROUND_TRIP, Save, Turns, WAYS,
+    BARE_PREPARED, BARE_TYPED, BY_HAND, GROUPED, OURS, PREPARED, ROUND_TRIP, Save, Turns, WAYS, Way,
 };
 pub(crate) use threads::{
     BareMap, SharedStores, beside_busy_threads, checkpointed_each, has_pgbench, in_threads,
