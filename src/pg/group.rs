@@ -70,7 +70,9 @@ impl Group {
         Self { queue: Mutex::default() }
     }
 
-    /// Writes alone while few calls are under way, and otherwise together with those that wait.
+    /// Writes alone while few calls are under way, and otherwise together with those that wait. (One
+    /// that nobody waits with is a group too: it would wait for a row that is held, and everybody for
+    /// it.)
     ///
     /// `together` stores what is free and where it is expected to be. The rest goes alone, and so
     /// does everybody when `together` is refused, so that each has the answer of its own write. Only
@@ -85,7 +87,7 @@ impl Group {
     ) -> Result<()> {
         let mut queue = lock(&self.queue);
         queue.calls += 1;
-        let goes_alone = queue.calls <= GO_ALONE && !queue.is_writing;
+        let goes_alone = queue.calls <= GO_ALONE;
         if goes_alone && queue.projections.insert(write.projection.clone()) {
             drop(queue);
             let _leaves = Leaves { group: self, projection: &write.projection };
@@ -117,10 +119,9 @@ impl Group {
     ) -> Share {
         let mut ending = Ending { group: self, calls, outcome: Outcome::Panicked };
         let writes: Vec<_> = calls.iter().map(|call| &call.write).collect();
-        let stored = if writes.len() > 1 { together(&writes) } else { Ok(Stored::new()) };
-        ending.outcome = match stored {
+        ending.outcome = match together(&writes) {
             Ok(stored) => Outcome::Stored(stored),
-            Err(error @ Error::Unavailable { .. }) => Outcome::Unknown(Arc::new(error)),
+            Err(error @ Error::Unavailable { .. }) => Outcome::Lost(Arc::new(error)),
             Err(_) => Outcome::Stored(Stored::new()),
         };
         ending.outcome.share(&calls[0].write)
@@ -190,7 +191,8 @@ struct Ending<'a> {
 
 enum Outcome {
     Stored(Stored),
-    Unknown(Arc<Error>),
+    /// The connection was lost.
+    Lost(Arc<Error>),
     Panicked,
 }
 
@@ -199,7 +201,7 @@ impl Outcome {
         match self {
             Self::Stored(stored) if stored.contains(&write.projection) => Share::Stored,
             Self::Stored(_) => Share::NotStored,
-            Self::Unknown(error) => Share::Unknown(Arc::clone(error)),
+            Self::Lost(error) => Share::Unknown(Arc::clone(error)),
             Self::Panicked => {
                 let reason = "the thread that wrote for the group panicked";
                 Share::Unknown(Arc::new(Error::unavailable("group commit", reason)))
@@ -215,7 +217,7 @@ impl Drop for Ending<'_> {
         for (place, Call { write, .. }) in self.calls.iter().map(AsRef::as_ref).enumerate() {
             let is_over = match &self.outcome {
                 Outcome::Stored(stored) => stored.contains(&write.projection),
-                Outcome::Unknown(_) => false,
+                Outcome::Lost(_) => false,
                 Outcome::Panicked => place == 0,
             };
             if is_over {
@@ -259,7 +261,6 @@ mod tests {
             };
             let together = |writes: &[&Write]| {
                 let named = |name| writes.iter().any(|write| write.projection == name);
-                assert!(writes.len() > 1);
                 if named("panics") {
                     std::panic::resume_unwind(Box::new("on purpose"));
                 }
