@@ -85,7 +85,7 @@ fn calls_that_wait_at_the_same_time_share_round_trips() {
         });
         let calls = (THREADS * ROUNDS * 2) as usize;
         println!("{calls} calls in {round_trips} round trips");
-        assert!(round_trips < calls / 2, "{round_trips} round trips for {calls} calls");
+        assert!(round_trips < calls / 4, "{round_trips} round trips for {calls} calls");
         for name in &names {
             assert_eq!(schema.store.get(name).unwrap(), i64::from(ROUNDS * 2 + 1));
         }
@@ -239,7 +239,9 @@ fn rows_that_another_transaction_holds_delay_those_who_want_them_and_nobody_else
         });
         assert!(waiting.iter().all(|waiter| !waiter.is_finished()));
         holder.rollback().unwrap();
-        waiting.into_iter().for_each(|waiter| waiter.join().unwrap().unwrap());
+        for waiter in waiting {
+            waiter.join().unwrap().unwrap();
+        }
     });
     assert!(held.iter().all(|name| store.get(name).unwrap() == 2));
     let slowest = slowest.into_inner().unwrap();
