@@ -506,12 +506,11 @@ fn a_proxy_that_was_mute_for_a_while_is_found_again_and_few_are_left_waiting_for
                 })
                 .collect();
             wait_until("they have asked again and again", || gate.accepted() > accepted + 6);
-            // r2d2 has three threads, and each may have begun a login before it was noticed.
-            assert!(
-                gate.unanswered() <= 3 * usize::try_from(round).unwrap() + 3,
-                "{}",
-                gate.unanswered()
-            );
+            // r2d2 has three threads, and each may have begun a login before it was noticed, and
+            // knocks now. The gate may be late to see that one has hung up.
+            wait_until("those are all", || {
+                gate.unanswered() <= 3 * usize::try_from(round).unwrap() + 3
+            });
             gate.lead_to(server.port());
             let back = Instant::now();
             for waiter in waiting {
@@ -543,7 +542,7 @@ fn a_peer_that_answers_a_knock_and_no_login_is_asked_ever_more_rarely() {
         let waiting = scope.spawn(|| store.save("orders", 1));
         wait_until("it has been asked again and again", || gate.accepted() > accepted + 15);
         // Three before it was noticed, and one 2 s later, one 4 s after that, and so on.
-        assert!(gate.unanswered() <= 8, "{}", gate.unanswered());
+        assert!(gate.unanswered() <= 9, "{}", gate.unanswered());
         gate.lead_to(server.port());
         waiting.join().unwrap().unwrap();
     });
