@@ -40,6 +40,7 @@ pub(crate) fn draw(
                 .map(|name| {
                     let rate = *count as f64 / measured.seconds(name);
                     match name {
+                        PGBENCH if *count == 1 => (format!("{name}, 1 connection"), rate),
                         PGBENCH => (format!("{name}, {count} connections"), rate),
                         ours => (ours.to_owned(), rate),
                     }

@@ -54,15 +54,14 @@ pub(crate) fn print(durability: &str, server: &Server, events: i64) {
 /// The plain statements, against the same without this crate.
 pub(crate) fn print_statements(durability: &str, server: &Server) {
     let measured = side_by_side_anew(rounds(300), || {
-        let store = store(server);
+        let (advancing, reading) = (store(server), store(server));
         for name in ["advanced", "moved", "read"] {
-            store.save(name, 0).expect("a checkpoint");
+            advancing.save(name, 0).expect("a checkpoint");
         }
-        let (reading, mut mover, mut reader) =
-            (store.clone(), client(&server.params()), client(&server.params()));
+        let (mut mover, mut reader) = (client(&server.params()), client(&server.params()));
         let (mut advanced_to, mut moved_to) = (0_i64, 0_i64);
         let advance = move || {
-            store.advance("advanced", advanced_to, advanced_to + 1).expect("advanced");
+            advancing.advance("advanced", advanced_to, advanced_to + 1).expect("advanced");
             advanced_to += 1;
         };
         let compare_and_set = move || {

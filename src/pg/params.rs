@@ -24,7 +24,8 @@ pub(crate) fn parse(params: &str) -> Result<Config> {
     }
 }
 
-const SEPARATOR: &str = "parameters are separated by blanks, not by `;` or `,`";
+const SEPARATOR: &str = "parameters are separated by blanks, not by `;` or `,`: \
+                         host=.. port=.. user=.. password=.. dbname=..";
 const SPECIAL: &str = "what is special in a URL, `@` in a password say, is to be percent-encoded";
 
 /// A URL whose user and password are read as a host, because the `@` behind them is gone.
@@ -80,6 +81,9 @@ fn misread_options(options: &str) -> Option<&'static str> {
 }
 
 fn unreadable(params: &str) -> Error {
+    if params.contains(';') && !params.contains("://") {
+        return refusal(params, SEPARATOR);
+    }
     refusal(
         params,
         "the connection parameters cannot be read (invalid connection string): what is special in a URL \
@@ -97,7 +101,8 @@ fn refusal(params: &str, reason: &str) -> Error {
     });
     match foreign {
         Some((name, _, instead)) => {
-            Error::backend("connect", format!("`{name}` is not read as given: {instead}; {reason}"))
+            let instead = format!("`{name}` is not read as given (instead: {instead})");
+            Error::backend("connect", format!("{reason}; {instead}"))
         }
         None => Error::backend("connect", reason.to_owned()),
     }
@@ -193,6 +198,9 @@ mod tests {
             ("Host=h;Username=u;Password=p;Database=d", "`username`", "user"),
             ("Server=h;Port=5432;User Id=u;Password=p", "`server`", "host"),
             ("host=a passfile=~/.pgpass", "`passfile`", "password"),
+            ("Host=h;Port=5432;Username=u;Password=p", "`username`", "by blanks, not by `;`"),
+            ("Host=h;Port=5432;User=u;Password=p;Database=d", "`database`", "user=.. password=.."),
+            ("Host=h;Port=5432;User=u;Password=p", "host=..", "by blanks, not by `;`"),
         ] {
             let told = told(params);
             assert!(told.contains(name), "{params}: {told}");
