@@ -141,16 +141,18 @@ impl PostgresCheckpointStore {
     ///     Ok(Some(event.get("id")))
     /// }
     ///
-    /// let store = PostgresCheckpointStore::connect("host=localhost user=app")?;
-    /// store.migrate()?;
-    /// loop {
-    ///     match store.project("revenue", apply_next)? {
-    ///         Some(offset) => println!("revenue is at {offset}"),
-    ///         None => sleep(Duration::from_millis(200)),
+    /// fn run() -> Result<()> {
+    ///     let store = PostgresCheckpointStore::connect("host=localhost user=app")?;
+    ///     store.migrate()?;
+    ///     loop {
+    ///         match store.project("revenue", apply_next) {
+    ///             Ok(Some(offset)) => println!("revenue is at {offset}"),
+    ///             Ok(None) => sleep(Duration::from_millis(200)),
+    ///             Err(error) if error.is_transient() => eprintln!("{}", error.report()),
+    ///             Err(error) => return Err(error),
+    ///         }
     ///     }
     /// }
-    /// # #[allow(unreachable_code)]
-    /// # Ok::<(), checkpoint_store::Error>(())
     /// ```
     pub fn project(
         &self,
