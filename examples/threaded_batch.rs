@@ -149,10 +149,9 @@ fn run() -> Result<()> {
         })
     });
     // However it has ended, what is handled is saved.
-    job.checkpoint(&mut checkpointer)?;
-    checkpointer.flush()?;
+    let saved = job.checkpoint(&mut checkpointer).and_then(|()| Ok(checkpointer.flush()?));
     println!("ends after event {}", checkpointer.saved());
-    ended
+    ended.and(saved.map(drop))
 }
 
 fn argument(place: usize, usual: i64) -> Result<i64> {
@@ -163,7 +162,9 @@ fn argument(place: usize, usual: i64) -> Result<i64> {
 fn database() -> Result<Option<PostgresCheckpointStore>> {
     let Some(url) = env::var_os("DATABASE_URL") else { return Ok(None) };
     let url = url.to_str().context("DATABASE_URL is not UTF-8")?;
-    let store = PostgresCheckpointStore::connect(url)?;
+    // While the database is away who checkpoints waits so long, and at Ctrl-C a few times.
+    let patience = Duration::from_secs(3);
+    let store = PostgresCheckpointStore::builder().connection_timeout(patience).connect(url)?;
     store.migrate()?;
     store.connection()?.batch_execute(
         "CREATE TABLE IF NOT EXISTS handled (event bigint PRIMARY KEY, times bigint NOT NULL)",

@@ -108,12 +108,13 @@ impl Cadence {
 /// Saves a projection's checkpoint at a [`Cadence`], for a loop that processes events one by one.
 ///
 /// It gives at-least-once processing: after a crash the events since the last save are processed
-/// again, and none is left out. While the store works they are no more than the cadence allows; while
-/// it is down the loop may go on, and [`pending`](Checkpointer::pending) says how many they have become.
+/// again, and none is left out. While the store works they are no more than the cadence allows (and what
+/// a [`Watermark`](crate::Watermark) had out of order); while it is down the loop may go on, and
+/// [`pending`](Checkpointer::pending) says how many they have become.
 /// For exactly once save inside the transaction that applies the events.
 ///
 /// It saves with [`advance`](CheckpointStore::advance), so a second runner of the same projection
-/// is detected: one of the two, the older one perhaps, gets a [`Conflict`](Error::Conflict) at its
+/// is detected: one of the two, whichever saves later, gets a [`Conflict`](Error::Conflict) at its
 /// next save, and stays out: from then on every save is that `Conflict`, without asking the store.
 /// Stop that one. A runner whose projection is
 /// [reset](crate::guide::exactly_once#resetting-a-projection) under it may not notice: stop it first.

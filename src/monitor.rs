@@ -272,7 +272,8 @@ impl HealthCheck {
     ///
     /// Where a stream is quiet for longer than that, its next event makes the projection look
     /// stalled until it is saved. Act on the second such report, or let an idle worker renew the
-    /// time of its save now and then: `advance` from its offset to the same offset.
+    /// time of its save now and then: [`Checkpointer::renew`](crate::Checkpointer::renew), or
+    /// `advance` from its offset to the same offset.
     ///
     /// # Examples
     ///
