@@ -242,7 +242,7 @@ fn a_transaction_that_idles_for_too_long_is_unavailable() {
     let mut client = schema.client();
     let mut tx = client.transaction().unwrap();
     let pid: i32 = tx.query_one("SELECT pg_backend_pid()", &[]).unwrap().get(0);
-    tx.batch_execute("SET LOCAL idle_in_transaction_session_timeout = '1ms'").unwrap();
+    tx.batch_execute("SET LOCAL idle_in_transaction_session_timeout = '200ms'").unwrap();
     let mut observer = schema.client();
     crate::harness::wait_until("the server has ended it", || {
         let query = "SELECT count(*) FROM pg_stat_activity WHERE pid = $1";
