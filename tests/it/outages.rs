@@ -481,7 +481,7 @@ fn a_host_that_accepts_and_never_answers_is_passed_over_and_asked_last_from_then
     }
     assert!(longest < BOUND, "{longest:?}");
     assert_eq!(mute.accepted(), 1, "who owes an answer is not asked again before the others");
-    let fault = "a host that accepts and never answers, named first (connect_timeout 1 s here)";
+    let fault = "a host that accepts and never answers, named first (`connect_timeout` 1 s here)";
     Row::asserted(fault, 2, 0, longest).print();
 }
 
