@@ -71,8 +71,7 @@ impl Group {
     }
 
     /// Writes alone while few calls are under way, and otherwise together with those that wait. (One
-    /// that nobody waits with is a group too: it would wait for a row that is held, and everybody for
-    /// it.)
+    /// call is a group too: a plain write would wait for a row that is held, and everybody for it.)
     ///
     /// `together` stores what is free and where it is expected to be. The rest goes alone, and so
     /// does everybody when `together` is refused, so that each has the answer of its own write. Only

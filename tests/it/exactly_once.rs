@@ -65,9 +65,7 @@ fn each_event_counts_once_whatever_happens_to_the_program_and_its_connections() 
             mortal = start(&name);
             mortal.wait_until("it is at work", || harness::sessions(&mut client, &name) >= 2);
         } else {
-            let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-                       WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
-            client.execute(end, &[]).unwrap();
+            harness::end_sessions(&mut client);
         }
         survivor.wait_until("both projections are there", || checkpoint(&mut client) == last);
         check(&mut client);

@@ -331,9 +331,7 @@ fn backends_that_end_and_servers_that_crash_lose_nothing_that_was_acknowledged()
             let before = begun.load(Ordering::Relaxed);
             wait_until("they are at work", || begun.load(Ordering::Relaxed) > before + 400);
             if crash % 2 == 0 {
-                let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-                           WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
-                server.client().batch_execute(end).unwrap();
+                harness::end_sessions(&mut server.client());
             } else {
                 server.crash();
                 server.restart();

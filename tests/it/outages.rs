@@ -41,12 +41,11 @@ fn open_connections(store: &PostgresCheckpointStore, count: u32) {
 
 /// Ends every session but that of who asks, and waits until they are gone.
 fn end_sessions(admin: &mut Client) {
-    let others = "FROM pg_stat_activity
-                  WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
-    admin.batch_execute(&format!("SELECT pg_terminate_backend(pid) {others}")).unwrap();
+    harness::end_sessions(admin);
     wait_until("the sessions are gone", || {
-        let row = admin.query_one(&format!("SELECT count(*) {others}"), &[]).unwrap();
-        row.get::<_, i64>(0) == 0
+        let others = "SELECT count(*) FROM pg_stat_activity
+                      WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
+        admin.query_one(others, &[]).unwrap().get::<_, i64>(0) == 0
     });
 }
 

@@ -61,9 +61,7 @@ fn each_event_counts_once_whatever_happens_to_the_workers_and_their_connections(
             mortal = start(&name);
             mortal.wait_until("it is at work", || harness::sessions(&mut client, &name) >= 2);
         } else {
-            let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-                       WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
-            client.execute(end, &[]).unwrap();
+            harness::end_sessions(&mut client);
         }
         survivor.wait_until("all projections are there", || arrived(&mut client, last) == TENANTS);
         check(&mut client);

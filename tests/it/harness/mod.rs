@@ -103,6 +103,13 @@ pub(crate) fn sessions(observer: &mut Client, application: &str) -> i64 {
     observer.query_one(query, &[&application]).expect("a row").get(0)
 }
 
+/// Ends every session but that of who asks.
+pub(crate) fn end_sessions(admin: &mut Client) {
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+               WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
+    admin.execute(end, &[]).expect("a superuser");
+}
+
 /// Ends a backend as an administrator does, and waits until it is gone.
 pub(crate) fn end_backend(admin: &mut Client, pid: i32) {
     admin.execute("SELECT pg_terminate_backend($1)", &[&pid]).expect("a superuser");
