@@ -139,10 +139,7 @@ impl RedisCheckpointStore {
     /// be read or the login is refused.
     pub fn connect(url: &str, prefix: &str) -> Result<Self> {
         if prefix.is_empty() || prefix.contains(['{', '}']) {
-            return Err(Error::InvalidIdentifier {
-                identifier: prefix.to_owned(),
-                reason: "a key prefix is not empty and has no braces",
-            });
+            return Err(Error::backend("connect", "a key prefix is not empty and has no braces"));
         }
         let store = Self {
             client: Client::open(url).map_err(|cause| failure("connect", cause))?,
@@ -242,9 +239,7 @@ impl CheckpointStore for RedisCheckpointStore {
         // The second time it would run into what it did the first time: a Conflict with itself.
         match self.run("advance", IfLost::GiveUp, |connection| advance.invoke(connection))? {
             None => Ok(()),
-            Some(found) => {
-                Err(Error::Conflict { projection: projection.to_owned(), expected: from, found })
-            }
+            Some(found) => Err(Error::conflict(projection, from, found)),
         }
     }
 

@@ -1,2 +1,2 @@
 DELETE FROM public.projection_checkpoints
-WHERE projection_name = $1;
+WHERE projection_name OPERATOR(pg_catalog.=) $1;

@@ -1,13 +1,16 @@
 SELECT class.relkind::pg_catalog.text AS kind,
        class.relpersistence::pg_catalog.text AS persistence,
        pg_catalog.row_security_active(class.oid) AS may_hide,
-       EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE pg_inherits.inhparent = class.oid) AS has_heirs,
+       EXISTS (SELECT FROM pg_catalog.pg_inherits WHERE pg_inherits.inhparent OPERATOR(pg_catalog.=) class.oid) AS has_heirs,
        attribute.attname::pg_catalog.text AS column_name,
-       attribute.atttypid = CASE attribute.attname
-           WHEN 'projection_name' THEN 'pg_catalog.text'::pg_catalog.regtype
-           WHEN 'offset' THEN 'pg_catalog.int8'::pg_catalog.regtype
-           WHEN 'updated_at' THEN 'pg_catalog.timestamptz'::pg_catalog.regtype
-       END AS has_expected_type,
+       attribute.atttypid OPERATOR(pg_catalog.=) CASE
+           WHEN attribute.attname OPERATOR(pg_catalog.=) 'projection_name'
+           THEN 'pg_catalog.text'::pg_catalog.regtype
+           WHEN attribute.attname OPERATOR(pg_catalog.=) 'offset'
+           THEN 'pg_catalog.int8'::pg_catalog.regtype
+           WHEN attribute.attname OPERATOR(pg_catalog.=) 'updated_at'
+           THEN 'pg_catalog.timestamptz'::pg_catalog.regtype
+       END::pg_catalog.oid AS has_expected_type,
        pg_catalog.format_type(attribute.atttypid, attribute.atttypmod) AS type_name,
        attribute.attnotnull AS not_null,
        ARRAY(
@@ -18,32 +21,35 @@ SELECT class.relkind::pg_catalog.text AS kind,
            SELECT 'DELETE'
            WHERE NOT pg_catalog.has_table_privilege(class.oid, 'DELETE')
        ) AS missing_rights,
-       attribute.attgenerated <> '' OR attribute.attidentity = 'a' AS is_generated,
+       attribute.attgenerated OPERATOR(pg_catalog.<>) ''
+           OR attribute.attidentity OPERATOR(pg_catalog.=) 'a' AS is_generated,
        NOT EXISTS (
            SELECT
            FROM pg_catalog.pg_collation
-           WHERE pg_collation.oid = attribute.attcollation
+           WHERE pg_collation.oid OPERATOR(pg_catalog.=) attribute.attcollation
              AND NOT pg_collation.collisdeterministic
        ) AS is_compared_by_bytes,
-       attribute.atthasdef OR attribute.attidentity <> '' AS filled_by_default,
+       attribute.atthasdef OR attribute.attidentity OPERATOR(pg_catalog.<>) '' AS filled_by_default,
        EXISTS (
            SELECT
            FROM pg_catalog.pg_index
-           WHERE pg_index.indrelid = class.oid
+           WHERE pg_index.indrelid OPERATOR(pg_catalog.=) class.oid
              AND pg_index.indisprimary
              AND pg_index.indimmediate
-             AND pg_index.indnkeyatts = 1
-             AND pg_index.indkey[0] = attribute.attnum
+             AND pg_index.indnkeyatts OPERATOR(pg_catalog.=) 1
+             AND pg_index.indkey[0] OPERATOR(pg_catalog.=) attribute.attnum
        ) AS is_primary_key,
        EXISTS (
            SELECT
            FROM pg_catalog.pg_index
-           WHERE pg_index.indrelid = class.oid
+           WHERE pg_index.indrelid OPERATOR(pg_catalog.=) class.oid
              AND pg_index.indisvalid
-             AND pg_index.indkey[0] = attribute.attnum
+             AND pg_index.indkey[0] OPERATOR(pg_catalog.=) attribute.attnum
        ) AS is_indexed
 FROM pg_catalog.pg_class AS class
 JOIN pg_catalog.pg_attribute AS attribute
-  ON attribute.attrelid = class.oid AND attribute.attnum > 0 AND NOT attribute.attisdropped
-WHERE class.oid = pg_catalog.to_regclass($1)
+  ON attribute.attrelid OPERATOR(pg_catalog.=) class.oid
+ AND attribute.attnum OPERATOR(pg_catalog.>) 0
+ AND NOT attribute.attisdropped
+WHERE class.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass($1)
 ORDER BY attribute.attnum;

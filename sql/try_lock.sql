@@ -1,4 +1,4 @@
 SELECT "offset"
 FROM public.projection_checkpoints
-WHERE projection_name = $1
+WHERE projection_name OPERATOR(pg_catalog.=) $1
 FOR UPDATE SKIP LOCKED;

@@ -2,7 +2,7 @@ use std::error::Error as StdError;
 use std::fmt;
 
 #[cfg(feature = "postgres")]
-use crate::pg::transience;
+use crate::pg::{CALLERS_POOL, CALLERS_STATEMENT, postgres_error, transience};
 
 type Source = Box<dyn StdError + Send + Sync>;
 
@@ -43,6 +43,7 @@ pub enum Error {
     /// The projection's name is one that no store takes; see
     /// [`validate_projection`](crate::validate_projection).
     #[error("invalid projection name {}: {reason}", abridged(name))]
+    #[non_exhaustive]
     InvalidProjection {
         /// The name as it was given.
         name: String,
@@ -52,6 +53,7 @@ pub enum Error {
 
     /// The offset cannot be stored, or not at this point.
     #[error("invalid offset {offset}: {reason}")]
+    #[non_exhaustive]
     InvalidOffset {
         /// The offset as it was given.
         offset: i64,
@@ -61,6 +63,7 @@ pub enum Error {
 
     /// A schema or table name that PostgreSQL would refuse or cut short.
     #[error("invalid identifier {}: {reason}", abridged(identifier))]
+    #[non_exhaustive]
     InvalidIdentifier {
         /// The identifier as it was given.
         identifier: String,
@@ -70,6 +73,7 @@ pub enum Error {
 
     /// A compare-and-set found another offset than the expected one, and changed nothing.
     #[error("projection {projection:?} is at offset {found}, not at {expected} as expected")]
+    #[non_exhaustive]
     Conflict {
         /// The projection.
         projection: String,
@@ -81,6 +85,7 @@ pub enum Error {
 
     /// The table is there, but is not one that this crate can use.
     #[error("table {table} cannot hold checkpoints: {reason}")]
+    #[non_exhaustive]
     IncompatibleTable {
         /// The table's quoted name.
         table: String,
@@ -90,7 +95,7 @@ pub enum Error {
 
     /// There is no connection, or it was lost. If a write was under way its outcome is unknown:
     /// it happened as a whole or not at all.
-    #[error("the checkpoint store is not available: {operation}{}", about(subject.as_deref()))]
+    #[error("{}{}", unavailable(operation), about(subject.as_deref()))]
     #[non_exhaustive]
     Unavailable {
         /// What was tried, as a method's name: `save`, say.
@@ -104,7 +109,7 @@ pub enum Error {
     },
 
     /// The store refused or failed, and has written nothing.
-    #[error("{operation} failed{}", about(subject.as_deref()))]
+    #[error("{}{}", failed(operation), about(subject.as_deref()))]
     #[non_exhaustive]
     Backend {
         /// What was tried, as a method's name: `save`, say.
@@ -153,8 +158,52 @@ impl Error {
         Self::Unavailable { operation, subject: None, source, transient }
     }
 
-    pub(crate) fn conflict(projection: &str, expected: i64, found: i64) -> Self {
-        Self::Conflict { projection: projection.to_owned(), expected, found }
+    /// A compare-and-set that found `found` instead of `expected`, 0 if there is no checkpoint. For
+    /// custom stores.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use checkpoint_store::Error;
+    ///
+    /// let error = Error::conflict("orders", 7, 9);
+    /// assert!(error.is_conflict());
+    /// ```
+    pub fn conflict(projection: impl Into<String>, expected: i64, found: i64) -> Self {
+        Self::Conflict { projection: projection.into(), expected, found }
+    }
+
+    /// The SQLSTATE of the PostgreSQL error in the chain of causes, if there is one.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use checkpoint_store::postgres::error::SqlState;
+    /// # fn f(store: checkpoint_store::PostgresCheckpointStore) -> checkpoint_store::Result<()> {
+    /// use checkpoint_store::CheckpointStore;
+    ///
+    /// if let Err(error) = store.save("orders", 42) {
+    ///     if error.sql_state() == Some(&SqlState::DISK_FULL) {
+    ///         eprintln!("free some space on the database server");
+    ///     }
+    /// }
+    /// # Ok(()) }
+    /// ```
+    #[cfg(feature = "postgres")]
+    #[must_use]
+    pub fn sql_state(&self) -> Option<&postgres::error::SqlState> {
+        postgres_error(self).and_then(postgres::Error::code)
+    }
+
+    /// For a call of which an earlier attempt may have been executed: this error does not tell.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn with_unknown_outcome(self) -> Self {
+        match self {
+            Self::Backend { operation, subject, source, transient } => {
+                Self::Unavailable { operation, subject, source, transient }
+            }
+            other => other,
+        }
     }
 
     /// The error and its causes in one line, for a log: `save failed: projection .. in table ..: db
@@ -239,7 +288,7 @@ impl fmt::Display for Report<'_> {
         let mut links = std::iter::successors(Some(self.0 as &dyn StdError), |&link| link.source());
         let mut last = String::new();
         links.try_for_each(|link| {
-            let message = link.to_string().lines().collect::<Vec<_>>().join(" ");
+            let message = one_line(&link.to_string());
             // Some libraries repeat their cause in their own message.
             if last.ends_with(&message) {
                 return Ok(());
@@ -256,6 +305,55 @@ impl fmt::Display for Report<'_> {
 #[cfg(not(feature = "postgres"))]
 fn transience(_source: &(dyn StdError + 'static)) -> Option<bool> {
     None
+}
+
+/// What the caller's own code runs into, so that `?` carries it out of a function that returns this
+/// crate's [`Result`]. It is a [`Backend`](Error::Backend), as [`Error::backend`] makes it, unless it is
+/// an [`Error`] already, or becomes another one through `?`.
+impl From<Source> for Error {
+    fn from(source: Source) -> Self {
+        let source = match source.downcast::<Self>() {
+            Ok(error) => return *error,
+            Err(source) => source,
+        };
+        #[cfg(feature = "postgres")]
+        let source = match source.downcast::<postgres::Error>() {
+            Ok(error) => return (*error).into(),
+            Err(source) => source,
+        };
+        #[cfg(feature = "postgres")]
+        let source = match source.downcast::<r2d2::Error>() {
+            Ok(error) => return (*error).into(),
+            Err(source) => source,
+        };
+        Self::backend("apply", source)
+    }
+}
+
+#[cfg(not(feature = "postgres"))]
+const CALLERS_STATEMENT: &str = "statement";
+#[cfg(not(feature = "postgres"))]
+const CALLERS_POOL: &str = "pool";
+
+fn unavailable(operation: &str) -> String {
+    match operation {
+        CALLERS_STATEMENT => "the connection was lost during a statement of the caller".to_owned(),
+        CALLERS_POOL => "the caller's pool gave no connection".to_owned(),
+        _ => format!("the checkpoint store is not available: {operation}"),
+    }
+}
+
+fn failed(operation: &str) -> String {
+    match operation {
+        CALLERS_STATEMENT => "a statement of the caller failed".to_owned(),
+        _ => format!("{operation} failed"),
+    }
+}
+
+/// The text without line breaks and other control characters.
+fn one_line(text: &str) -> String {
+    let breaks = |c: char| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
+    text.split(breaks).filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
 /// The end of a message: what the operation was about.
@@ -290,7 +388,7 @@ mod tests {
         #[derive(Debug, thiserror::Error)]
         #[error("db error: {0}")]
         struct Repeats(#[source] std::io::Error);
-        let cause = Repeats(std::io::Error::other("ERROR: full\nHINT: empty it"));
+        let cause = Repeats(std::io::Error::other("ERROR: full\r\n\nHINT:\rempty it"));
         let told = Error::backend("save", cause).report().to_string();
         assert_eq!(told, "save failed: db error: ERROR: full HINT: empty it");
     }

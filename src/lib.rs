@@ -176,6 +176,7 @@ pub use monitor::{Health, HealthCheck, HealthLevel, ProjectionStatus};
 #[cfg(feature = "postgres")]
 pub use pg::{
     Batch, InTransaction, PooledClient, PostgresCheckpointStore, PostgresCheckpointStoreBuilder,
+    Retry,
 };
 pub use store::CheckpointStore;
 pub use validate::{validate_advance, validate_offset, validate_projection};

@@ -228,23 +228,28 @@ pub trait CheckpointStore: Send + Sync {
     /// # Ok::<(), checkpoint_store::Error>(())
     /// ```
     fn wait_for(&self, projection: &str, offset: i64, timeout: Duration) -> Result<bool> {
-        const FIRST_PAUSE: Duration = Duration::from_millis(1);
-        const LONGEST_PAUSE: Duration = Duration::from_millis(50);
         validate_projection(projection)?;
         validate_offset(offset)?;
-        let started = Instant::now();
-        let mut pause = FIRST_PAUSE;
-        loop {
-            if self.get(projection)? >= offset {
-                return Ok(true);
-            }
-            let left = timeout.saturating_sub(started.elapsed());
-            if left.is_zero() {
-                return Ok(false);
-            }
-            thread::sleep(pause.min(left));
-            pause = (pause * 2).min(LONGEST_PAUSE);
+        poll(timeout, || Ok(self.get(projection)? >= offset))
+    }
+}
+
+/// Asks at once, and then again and again until the answer is yes or the time is over.
+pub(crate) fn poll(timeout: Duration, mut ask: impl FnMut() -> Result<bool>) -> Result<bool> {
+    const FIRST_PAUSE: Duration = Duration::from_millis(1);
+    const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+    let started = Instant::now();
+    let mut pause = FIRST_PAUSE;
+    loop {
+        if ask()? {
+            return Ok(true);
         }
+        let left = timeout.saturating_sub(started.elapsed());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        thread::sleep(pause.min(left));
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 

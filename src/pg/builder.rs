@@ -1,3 +1,4 @@
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -5,14 +6,16 @@ use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::{Client, NoTls, Socket};
 use r2d2::{ManageConnection, Pool};
 
+use super::close::close;
 use super::connect::{ConnectError, Connector, ServerName};
 use super::connections::{Connections, DEFAULT_TIMEOUT};
-use super::failure::{Cause, failure, no_connection};
+use super::errors::{Cause, failure, no_connection};
 use super::group::Group;
 use super::identifier::Table;
 use super::params;
 use super::prepared::refuse_shared_sessions;
 use super::queries::Queries;
+use super::retry::{Observer, Retry, deadline_after};
 use super::{PostgresCheckpointStore, Shared};
 use crate::{Error, Result};
 
@@ -31,7 +34,7 @@ use crate::{Error, Result};
 /// store.migrate()?;
 /// # Ok::<(), checkpoint_store::Error>(())
 /// ```
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 #[must_use = "a builder does nothing until `connect`, `connect_tls` or `build`"]
 pub struct PostgresCheckpointStoreBuilder {
     schema: String,
@@ -41,6 +44,7 @@ pub struct PostgresCheckpointStoreBuilder {
     group_commit: bool,
     max_connections: u32,
     connection_timeout: Option<Duration>,
+    observer: Option<Arc<Observer>>,
 }
 
 /// PostgreSQL itself takes no more: `MAX_BACKENDS` in its source.
@@ -56,6 +60,7 @@ impl Default for PostgresCheckpointStoreBuilder {
             group_commit: false,
             max_connections: 10,
             connection_timeout: None,
+            observer: None,
         }
     }
 }
@@ -221,6 +226,29 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
+    /// Sets a function that is called before each retry, so that an operator sees what a call is waiting for.
+    ///
+    /// It is called on the thread of the call, before each new attempt, with the error that made it
+    /// necessary. While a call waits for a connection that cannot be made, it is called within a second, and
+    /// then at each attempt, at most about five times a second for each call. It is not called for a call that
+    /// succeeds at once, nor for what happens in the caller's own transactions, which are not retried.
+    ///
+    /// The function may use the store. No lock of the store is held while it runs. Its time counts towards the
+    /// deadline of the call. A panic in it reaches the caller, and leaves the store usable.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::PostgresCheckpointStore;
+    /// let builder = PostgresCheckpointStore::builder().on_retry(|retry| {
+    ///     eprintln!("retry {} after {:.1?}: {}", retry.attempt, retry.elapsed, retry.error.report());
+    /// });
+    /// ```
+    pub fn on_retry(mut self, observer: impl Fn(&Retry<'_>) + Send + Sync + 'static) -> Self {
+        self.observer = Some(Arc::new(observer));
+        self
+    }
+
     /// Connects without TLS. `params` is a URL or `key=value` pairs separated by blanks, as in
     /// [`postgres::Config`], which lists them. White space around them is left out.
     ///
@@ -335,7 +363,9 @@ impl PostgresCheckpointStoreBuilder {
 
         let server = ServerName::of(&config);
         let connector = Connector::new(config, tls);
-        let mut first = connector.connect().map_err(|cause| {
+        let timeout = self.connection_timeout.unwrap_or(DEFAULT_TIMEOUT);
+        let deadline = deadline_after(timeout);
+        let mut first = connector.connect(deadline).map_err(|cause| {
             let cause: Cause = match cause {
                 ConnectError::Failed(error) => error.into(),
                 silence @ ConnectError::NoAnswer { .. } => silence.into(),
@@ -344,18 +374,15 @@ impl PostgresCheckpointStoreBuilder {
         })?;
         if self.prepared_statements {
             // Where no more than one connection is to be had, there is nothing to find out.
-            let another = || connector.connect().ok();
-            refuse_shared_sessions(&mut first, another)
-                .map_err(|cause| failure("connect", server, cause))?;
+            let another = || connector.connect(deadline).ok();
+            if let Err(cause) = refuse_shared_sessions(&mut first, another) {
+                close(first);
+                return Err(failure("connect", server, cause));
+            }
         }
-        drop(first);
-
-        let connections = Connections::open(
-            connector,
-            self.max_connections,
-            self.connection_timeout.unwrap_or(DEFAULT_TIMEOUT),
-            self.prepared_statements,
-        );
+        let (size, prepares) = (self.max_connections, self.prepared_statements);
+        let connections = Connections::open(connector, first, size, timeout, prepares)
+            .map_err(|cause| no_connection("connect", server, cause))?;
         Ok(self.assemble(table, connections))
     }
 
@@ -398,7 +425,7 @@ impl PostgresCheckpointStoreBuilder {
     fn assemble(&self, table: Table, connections: Connections) -> PostgresCheckpointStore {
         let shared = Shared {
             queries: Queries::new(table),
-            connections,
+            connections: connections.observed_by(self.observer.clone()),
             updated_at_index: self.updated_at_index,
             group: self.group_commit.then(Group::new),
         };
@@ -410,5 +437,20 @@ impl PostgresCheckpointStoreBuilder {
             Some(Duration::ZERO) => Err(Error::backend(operation, "connection_timeout is 0")),
             _ => Ok(()),
         }
+    }
+}
+
+/// Without the observer, which has nothing to show.
+impl fmt::Debug for PostgresCheckpointStoreBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresCheckpointStoreBuilder")
+            .field("schema", &self.schema)
+            .field("table", &self.table)
+            .field("updated_at_index", &self.updated_at_index)
+            .field("prepared_statements", &self.prepared_statements)
+            .field("group_commit", &self.group_commit)
+            .field("max_connections", &self.max_connections)
+            .field("connection_timeout", &self.connection_timeout)
+            .finish_non_exhaustive()
     }
 }

@@ -116,7 +116,7 @@ impl Connector {
 
     /// A connection to the first address that gives one. Who has not answered the last time is
     /// asked last.
-    pub(crate) fn connect(&self) -> Result<Client, ConnectError> {
+    pub(crate) fn connect(&self, _deadline: Instant) -> Result<Client, ConnectError> {
         let mut failure = None;
         // An answer says more than silence does.
         let mut note = |error: ConnectError| match (&failure, &error) {
@@ -383,10 +383,25 @@ impl fmt::Debug for Connector {
     }
 }
 
+impl ConnectError {
+    pub(crate) fn is_refusal(&self) -> bool {
+        match self {
+            Self::Failed(error) => super::errors::is_refusal(error),
+            Self::NoAnswer { .. } => false,
+        }
+    }
+}
+
+impl From<postgres::Error> for ConnectError {
+    fn from(error: postgres::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
 impl fmt::Display for ConnectError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Failed(error) => error.fmt(f),
+            Self::Failed(_) => f.write_str("connection attempt failed"),
             Self::NoAnswer { whom, within } => {
                 write!(f, "no answer from {whom} within {} s", within.as_secs_f32())
             }
@@ -397,7 +412,7 @@ impl fmt::Display for ConnectError {
 impl std::error::Error for ConnectError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Failed(error) => error.source(),
+            Self::Failed(error) => Some(error),
             Self::NoAnswer { .. } => None,
         }
     }

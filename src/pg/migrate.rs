@@ -3,7 +3,7 @@ use std::collections::BTreeSet;
 use postgres::types::Type;
 use postgres::{Client, GenericClient, IsolationLevel};
 
-use super::failure::Outcome;
+use super::errors::Outcome;
 use super::identifier::Table;
 
 /// Any number will do, as long as every process that migrates takes the same one.

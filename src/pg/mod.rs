@@ -1,84 +1,65 @@
+//! The PostgreSQL store: what users call.
+//!
+//! How a `save` travels. [`PostgresCheckpointStore::save`] checks its arguments and that the thread is not in
+//! the closure of `project`. With group commit, [`group`] decides whether the call writes alone or shares a
+//! statement. Either way [`Connections::run`] is the loop: it takes a connection from the [`pool`], tests it if
+//! it is suspect ([`client`] knows), makes one in an empty slot ([`connect`], [`targets`]), and runs the
+//! statement, a function of [`queries`], in a [`session`]. After an error [`errors`] says what it means for the
+//! connection and for another attempt, and [`retry`] how long to pause, when to give up, and what the observer
+//! is told.
+//!
+//! How a `project` travels. [`project`] has its own attempt, begin to commit, and runs it in the same way: the
+//! connection comes from [`Connections::client`], the lock and the save from [`queries`], and [`retry`] decides.
+//! It differs in that a lost COMMIT is looked up, under the lock, by the next attempt.
+//!
+//! The caller's own transaction, [`transaction`], uses [`queries`] and nothing else: there nothing is repeated.
+
 mod builder;
+mod client;
+mod close;
 mod connect;
 mod connections;
-mod failure;
+mod errors;
 mod group;
 mod identifier;
+mod manager;
 mod migrate;
 mod params;
+mod pool;
 mod prepared;
 mod project;
 mod queries;
+mod retry;
 mod session;
 mod transaction;
 
 use std::fmt;
+use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use postgres::{Client, Transaction};
 use r2d2::{ManageConnection, Pool};
 
 pub use self::builder::PostgresCheckpointStoreBuilder;
-pub use self::connections::PooledClient;
-pub(crate) use self::failure::transience;
+pub use self::client::PooledClient;
+pub(crate) use self::errors::{CALLERS_POOL, CALLERS_STATEMENT, postgres_error, transience};
 pub use self::project::Batch;
+pub use self::retry::Retry;
 pub use self::transaction::InTransaction;
 
-use self::connections::Connections;
-use self::failure::no_connection;
+use self::connections::{AfterLoss, Connections};
+use self::errors::no_connection;
 use self::group::{Group, Write};
 use self::identifier::Table;
 use self::migrate::{Migration, migrate};
 use self::queries::Queries;
+use self::retry::deadline_after;
+use crate::store::poll;
 use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
 
 /// Checkpoints in a PostgreSQL table, through a pool of connections.
-///
-/// A clone is another handle on the same pool. Threads may share one store, or hold clones.
-///
-/// # Connections
-///
-/// An operation takes a connection from the pool for as long as it runs, one round trip, and waits
-/// for one up to [`connection_timeout`](PostgresCheckpointStoreBuilder::connection_timeout), 30 seconds
-/// by default. So long does it also try again. The caller sees [`Unavailable`](Error::Unavailable) only
-/// when that time has passed, or within about a second when the server refuses every connection, a
-/// password say; its cause says whether no connection could be made or all are in use.
-///
-/// | What happens to the connection | What the store does |
-/// |---|---|
-/// | it is lost: the server was restarted, the backend ended, FATAL or PANIC | `find`, `get`, `all`, `save`, `save_many` and `delete` run again on a fresh one; `advance` is `Unavailable`, for a second one would find the first one's offset: read the offset again |
-/// | it is suspect: it has not worked since the last loss, since a server was found to be read-only, or for a second | `advance` and [`connection`](Self::connection) test it first, at the price of a round trip, so an outage, or a server that turns read-only under the caller's transactions, is at most one error to who is in a call and none to who comes after |
-/// | the server has become read-only (25006), or a failed transaction was left open (25P02) | nothing was executed: it is thrown away, and every operation, `advance` too, runs again on a fresh one |
-/// | the server rolls back because of others: a deadlock, a serialization failure | nothing has happened: it runs again |
-///
-/// A repeated `delete` may say `false` for what its first try has deleted.
-///
-/// After an outage a store is back within about 2 seconds of its server. With a pool of the
-/// caller's own that is up to half of its `connection_timeout`, because `r2d2` pauses that long
-/// between two attempts to connect.
-///
-/// A server may still be at a request whose client is gone, so the offset that is read at once may
-/// be the one from before. Nothing is lost or counted twice by that: `lock` waits for what is
-/// under way, and an `advance` from such an offset is a [`Conflict`](Error::Conflict), upon which
-/// the caller reads again. A `save` that is so late sets the checkpoint back to its own offset;
-/// where that would be a harm, use `advance` or a transaction.
-///
-/// Where a trigger discards rows, the write is an error; other rows of the same `save_many` are
-/// stored then.
-///
-/// When the last handle is dropped its connections are closed. Three idle threads of `r2d2` live on
-/// for up to 30 seconds, until they notice.
-///
-/// # Panics
-///
-/// On a thread that drives an async runtime, dropping the last handle there included; see
-/// [the crate's page](crate#from-async-code).
-///
-/// # Statements
-///
-/// Statements are unnamed, so a pooler such as PgBouncer in transaction mode may stand between;
-/// unless they are [kept](PostgresCheckpointStoreBuilder::prepared_statements).
 ///
 /// # Examples
 ///
@@ -91,6 +72,77 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 /// assert_eq!(store.get("orders")?, 42);
 /// # Ok::<(), checkpoint_store::Error>(())
 /// ```
+///
+/// # Sharing
+///
+/// A clone is another handle on the same pool. Threads may share one store, or hold clones. A handle may be
+/// dropped on any thread: its connections are closed by threads of their own. A panic while a store is in
+/// use leaves it usable.
+///
+/// # Round trips
+///
+/// An operation takes a connection from the pool for as long as it runs, which is one round trip. A second one
+/// is needed to create the row for an `advance`, to find out why a row was not moved, and to make sure that a
+/// checkpoint that was not found is not hidden by row-level security.
+///
+/// # Connections
+///
+/// | What happens to a connection | What the store does |
+/// |---|---|
+/// | It was not used for a second, or not since another connection was lost or was found to lead to a read-only server. | It is tested first, at the price of a round trip, and replaced if it does not answer within 2 seconds. |
+/// | It is lost during `find`, `get` or `all`. | The operation runs again on another connection. |
+/// | It is lost during `save`, `save_many` or `delete`. | The operation runs again if the checkpoint shows that no other client has written it since the first attempt began. Otherwise it returns [`Unavailable`](Error::Unavailable): the outcome is unknown. A checkpoint that does not exist shows nothing, so the first `save` of a projection is not repeated. |
+/// | It is lost during `advance`. | It returns [`Unavailable`](Error::Unavailable): read the offset again. |
+/// | The server is read-only (25006), has ended the idle session (57P05), or a failed transaction was left open (25P02). | Nothing was executed. The connection is discarded, and the operation, `advance` too, runs again on another one. |
+/// | The server rolls back because of others: a deadlock, a serialization failure. | Nothing has happened. The operation runs again. |
+///
+/// The test of a repeated `save` compares `updated_at` with the clock of the server. It assumes that this clock
+/// is not set forward during the call. Within a minute after a failover, when rows may have the time of
+/// another server's clock, a lost write is not repeated. A repeated `delete` may return `false` for what its
+/// first attempt has deleted.
+///
+/// A server may still execute a request whose client is gone, so an offset that is read immediately after a
+/// loss may be the one from before. Nothing is lost or counted twice by that: `lock` waits for the
+/// transaction in progress, and an `advance` from such an offset is a [`Conflict`](Error::Conflict). A `save`
+/// that is executed so late moves the checkpoint back to its own offset; where others write the same
+/// projection, use `advance` or a transaction.
+///
+/// # Time limits
+///
+/// Each call has one deadline, set when it begins:
+/// [`connection_timeout`](PostgresCheckpointStoreBuilder::connection_timeout), 30 seconds by default. Waiting
+/// for a connection, tests, logins, retries and group commit share it. A call returns at most a second later.
+/// Only these can take longer: a statement that the server is executing, or whose answer is outstanding; a
+/// closure of [`project`](Self::project) that runs; a row lock that `lock` or `project` waits for.
+/// [`wait_for`](CheckpointStore::wait_for) keeps its own time-out instead.
+///
+/// A call that finds no connection returns [`Unavailable`](Error::Unavailable) when its time is over, or at
+/// once when the server refuses the login, for example because of the password. Its cause says whether no
+/// connection could be made or all are in use. After an outage a store is back within about 2 seconds of its
+/// server. With a pool of the caller's own that is up to half of the pool's `connection_timeout`, because
+/// `r2d2` pauses that long between two attempts to connect.
+///
+/// # Retries
+///
+/// The first retry after a lost connection is immediate. After that the pauses double from 50 milliseconds up
+/// to 1 second; after a deadlock or a serialization failure from 5 up to 200 milliseconds. Each pause is
+/// shortened by up to a half at random, so that many clients do not come back together.
+/// [`on_retry`](PostgresCheckpointStoreBuilder::on_retry) observes them.
+///
+/// # Triggers, rules and policies
+///
+/// What the server has written is compared with what it was given. If a trigger, a rule or a policy has
+/// discarded or altered it, the write is an error, and nothing of it is kept.
+///
+/// # Statements
+///
+/// Statements are unnamed, so a pooler such as PgBouncer in transaction mode may stand in between, unless
+/// [`prepared_statements`](PostgresCheckpointStoreBuilder::prepared_statements) is on.
+///
+/// # Panics
+///
+/// On a thread that drives an async runtime, every operation panics; see
+/// [the crate's page](crate#from-async-code).
 #[derive(Clone)]
 pub struct PostgresCheckpointStore {
     shared: Arc<Shared>,
@@ -193,10 +245,14 @@ impl PostgresCheckpointStore {
     pub fn migrate(&self) -> Result<()> {
         let Shared { queries: Queries { table, .. }, connections, updated_at_index, .. } =
             &*self.shared;
-        let migration =
-            connections.run_until_answered("migrate", format_args!("table {table}"), |client| {
-                migrate(client, table, *updated_at_index)
-            })?;
+        let migration = connections.run(
+            "migrate",
+            format_args!("table {table}"),
+            connections.deadline(),
+            AfterLoss::Repeat,
+            None,
+            |client, _| migrate(client, table, *updated_at_index),
+        )?;
         match migration {
             Migration::Ready => Ok(()),
             Migration::Incompatible(reason) => {
@@ -228,8 +284,8 @@ impl PostgresCheckpointStore {
     /// A connection of the pool, for the caller's own statements and transactions. It goes back when
     /// it is dropped.
     ///
-    /// It waits for one as every operation does. A suspect one, see [above](Self#connections), is
-    /// tested first, and replaced if it is dead.
+    /// It waits for one as every operation does, and tests one that is suspect; see
+    /// [above](Self#connections).
     ///
     /// Give it back as it was: begin transactions with `transaction()`, which rolls back when it is
     /// dropped, and change no setting that outlasts them. After a `BEGIN` of your own that is still
@@ -254,7 +310,8 @@ impl PostgresCheckpointStore {
     /// ```
     pub fn connection(&self) -> Result<PooledClient> {
         let connections = &self.shared.connections;
-        connections.check_out_tested("connection", "the store's pool", &mut connections.patience())
+        let mut retries = connections.retries(connections.deadline());
+        connections.client("connection", "the store's pool", &mut retries)
     }
 
     /// How many connections the pool has, and how many of them are idle.
@@ -277,29 +334,51 @@ impl PostgresCheckpointStore {
         &self,
         operation: &'static str,
         (projection, from, to): (&str, Option<i64>, i64),
-        alone: impl FnOnce() -> Result<()>,
+        alone: impl FnOnce(Instant, Option<Instant>) -> Result<()>,
     ) -> Result<()> {
         let Shared { queries, connections, group, .. } = &*self.shared;
-        let Some(group) = group else { return alone() };
+        let deadline = connections.deadline();
+        let Some(group) = group else { return alone(deadline, None) };
+        let began = Instant::now();
         group.write(
             Write { projection: projection.to_owned(), from, to },
             |writes| {
                 let subject = queries.about_so_many(writes.len());
-                connections.run_unless_lost("group commit", subject, |client| {
-                    queries.write_together(client, writes)
-                })
+                connections.run(
+                    "group commit",
+                    subject,
+                    deadline,
+                    AfterLoss::Fail,
+                    None,
+                    |client, _| queries.write_together(client, writes),
+                )
             },
-            alone,
+            || alone(deadline, Some(began)),
             |cause| no_connection(operation, queries.about(projection), InGroup(cause)),
         )
     }
 
-    fn read(&self, operation: &'static str, projection: &str) -> Result<Option<Checkpoint>> {
+    fn read(
+        &self,
+        operation: &'static str,
+        projection: &str,
+        deadline: Instant,
+    ) -> Result<Option<Checkpoint>> {
         validate_projection(projection)?;
         let Shared { queries, connections, .. } = &*self.shared;
-        connections.run_until_answered(operation, queries.about(projection), |client| {
+        let subject = queries.about(projection);
+        connections.run(operation, subject, deadline, AfterLoss::Repeat, None, |client, _| {
             queries.find(client, projection)
         })
+    }
+
+    fn deadline(&self) -> Instant {
+        self.shared.connections.deadline()
+    }
+
+    /// What tells stores apart, and not the handles on one.
+    fn id(&self) -> usize {
+        Arc::as_ptr(&self.shared) as usize
     }
 }
 
@@ -317,14 +396,19 @@ impl fmt::Debug for PostgresCheckpointStore {
     }
 }
 
+/// Nothing panics while something of the store is half changed.
+impl UnwindSafe for PostgresCheckpointStore {}
+impl RefUnwindSafe for PostgresCheckpointStore {}
+
 impl CheckpointStore for PostgresCheckpointStore {
     fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
-        self.read("find", projection)
+        self.read("find", projection, self.deadline())
     }
 
     fn all(&self) -> Result<Vec<Checkpoint>> {
         let Shared { queries, connections, .. } = &*self.shared;
-        connections.run_until_answered("all", format_args!("table {}", queries.table), |client| {
+        let subject = format_args!("table {}", queries.table);
+        connections.run("all", subject, self.deadline(), AfterLoss::Repeat, None, |client, _| {
             queries.all(client)
         })
     }
@@ -332,20 +416,27 @@ impl CheckpointStore for PostgresCheckpointStore {
     fn save(&self, projection: &str, offset: i64) -> Result<()> {
         validate_projection(projection)?;
         validate_offset(offset)?;
+        self.refuse_inside_the_closure("save")?;
         let Shared { queries, connections, .. } = &*self.shared;
-        self.write("save", (projection, None, offset), || {
-            connections.run_until_answered("save", queries.about(projection), |client| {
-                queries.save(client, projection, offset)
+        self.write("save", (projection, None, offset), |deadline, lost| {
+            let subject = queries.about(projection);
+            connections.run("save", subject, deadline, AfterLoss::Repeat, lost, |client, lost| {
+                match lost {
+                    None => queries.save(client, projection, offset),
+                    Some(lost) => queries.save_again(client, &[(projection, offset)], lost),
+                }
             })
         })
     }
 
     fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
         validate_advance(projection, from, to)?;
+        self.refuse_inside_the_closure("advance")?;
         let Shared { queries, connections, .. } = &*self.shared;
-        self.write("advance", (projection, Some(from), to), || {
+        self.write("advance", (projection, Some(from), to), |deadline, _| {
+            let subject = queries.about(projection);
             connections
-                .run_unless_lost("advance", queries.about(projection), |client| {
+                .run("advance", subject, deadline, AfterLoss::Fail, None, |client, _| {
                     queries.advance(client, projection, from, to)
                 })?
                 .or_conflict(projection, from)
@@ -354,24 +445,59 @@ impl CheckpointStore for PostgresCheckpointStore {
 
     fn delete(&self, projection: &str) -> Result<bool> {
         validate_projection(projection)?;
+        self.refuse_inside_the_closure("delete")?;
         let Shared { queries, connections, .. } = &*self.shared;
-        connections.run_until_answered("delete", queries.about(projection), |client| {
-            queries.delete(client, projection)
-        })
+        let subject = queries.about(projection);
+        connections.run(
+            "delete",
+            subject,
+            self.deadline(),
+            AfterLoss::Repeat,
+            None,
+            |client, lost| match lost {
+                None => queries.delete(client, projection),
+                Some(lost) => queries.delete_again(client, projection, lost),
+            },
+        )
     }
 
     fn get(&self, projection: &str) -> Result<i64> {
-        Ok(self.read("get", projection)?.map_or(0, |checkpoint| checkpoint.offset))
+        let found = self.read("get", projection, self.deadline())?;
+        Ok(found.map_or(0, |checkpoint| checkpoint.offset))
     }
 
     fn save_many(&self, checkpoints: &[(&str, i64)]) -> Result<()> {
         validate_all(checkpoints)?;
+        self.refuse_inside_the_closure("save_many")?;
         if checkpoints.is_empty() {
             return Ok(());
         }
         let Shared { queries, connections, .. } = &*self.shared;
-        connections.run_until_answered("save_many", queries.about_many(checkpoints), |client| {
-            queries.save_many(client, checkpoints)
+        let subject = queries.about_many(checkpoints);
+        connections.run(
+            "save_many",
+            subject,
+            self.deadline(),
+            AfterLoss::Repeat,
+            None,
+            |client, lost| match lost {
+                None => queries.save_many(client, checkpoints),
+                Some(lost) => queries.save_again(client, checkpoints, lost),
+            },
+        )
+    }
+
+    /// Bound by its own time-out, also while no connection can be had.
+    fn wait_for(&self, projection: &str, offset: i64, timeout: Duration) -> Result<bool> {
+        /// The time of a question that begins when the time-out is over.
+        const LAST_QUESTION: Duration = Duration::from_millis(250);
+        validate_projection(projection)?;
+        validate_offset(offset)?;
+        let deadline = deadline_after(timeout);
+        poll(timeout, || {
+            let deadline = deadline.max(deadline_after(LAST_QUESTION));
+            let found = self.read("wait_for", projection, deadline)?;
+            Ok(found.map_or(0, |checkpoint| checkpoint.offset) >= offset)
         })
     }
 }

@@ -1,23 +1,26 @@
 //! One batch exactly once: lock, apply, save, commit, and what to do when the connection is lost on
 //! the way.
 
+use std::cell::RefCell;
 use std::mem;
+use std::time::{Duration, Instant};
 
 use postgres::Transaction;
 use postgres::error::SqlState;
 
 use super::PostgresCheckpointStore;
-use super::connections::PooledClient;
-use super::failure::{Aftermath, Cause, Outcome, failure, postgres_error, sql_state};
-use super::prepared::{Keeping, Prepared, is_stale, name_the_pooler};
-use super::queries::Queries;
-use super::session::{Parameters, Query, Session, Unnamed};
-use super::transaction::lock_if_absent;
+use super::client::{PooledClient, takes_writes};
+use super::connections::{AfterLoss, next_after};
+use super::errors::{Cause, ErrorClass, Outcome, Rivals, failure, postgres_error, sql_state};
+use super::prepared::name_the_pooler;
+use super::queries::{LockedRow, NOT_SAVED, Queries};
+use super::retry::Next;
+use super::session::{Cached, Parameters, Query, Session, StatementCache, Uncached, is_stale};
 use crate::validate::{validate_offset, validate_projection};
 use crate::{Error, Result};
 
-/// How often the connection may be lost while the closure runs: its own statement may be what kills
-/// the server.
+/// How often the connection may be lost between the start of the closure and the answer to the save: the
+/// closure's own statement, or the time that it takes, may be what ends the connection.
 const LOSSES_WHILE_APPLYING: u32 = 3;
 
 /// What became of [`try_project`](PostgresCheckpointStore::try_project).
@@ -34,6 +37,7 @@ const LOSSES_WHILE_APPLYING: u32 = 3;
 /// assert!(!is_worth_asking_again_at_once(Batch::Taken));
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "it tells whether there was anything to apply, and whether another worker has the projection"]
 #[non_exhaustive]
 pub enum Batch {
     /// It is committed; the projection is at this offset.
@@ -45,86 +49,39 @@ pub enum Batch {
 }
 
 /// What to do while another worker has the projection.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum WhileTaken {
     Wait,
     GiveUp,
 }
 
 /// Why an attempt has come to nothing.
-enum Ended {
-    /// A step of the store's own has failed.
+enum Failed {
+    /// At a step of the store's own.
     At(&'static str, Cause),
-    /// COMMIT has failed, which was to bring the checkpoint here.
-    AtCommit(i64, Cause),
+    /// The connection was lost with the message that saves and commits: the batch may be committed.
+    InDoubt(Cause),
     /// The closure has failed, or has returned what cannot be saved.
-    Applying(Error),
-    /// The connection was lost while the closure was at work.
-    LostWhileApplying(Error),
-    /// The server has undone the closure's work because of others, or has become read-only.
-    UndoneWhileApplying(Error),
+    InClosure(Error),
+    /// The connection was lost while the closure was running.
+    LostInClosure(Error),
+    /// The server has rolled back in the closure because of concurrent transactions.
+    RolledBackInClosure(Error),
+    /// The closure has come upon a server, or a transaction, that is read-only.
+    ReadOnlyInClosure(Error),
 }
 
-fn at(step: &'static str) -> impl Fn(Cause) -> Ended {
-    move |cause| Ended::At(step, cause)
+fn at(step: &'static str) -> impl Fn(Cause) -> Failed {
+    move |cause| Failed::At(step, cause)
 }
 
 impl PostgresCheckpointStore {
-    /// Applies one batch of events exactly once: begins a transaction, takes the projection, calls
-    /// `apply` with the transaction and the offset, saves the offset that it returns, and commits.
+    /// Applies one batch of events exactly once.
     ///
-    /// Returns where the projection is now, or `None` when `apply` found nothing new. Then nothing
-    /// was written, and no checkpoint was made. Of two workers on one projection the second waits
-    /// until the first has committed, and goes on from there.
-    ///
-    /// # What `apply` does
-    ///
-    /// It reads the events after the offset, applies them through the transaction that it is given,
-    /// and returns the offset of the last one: `Ok(Some(last))`, or `Ok(None)` when there is none.
-    /// `?` makes its failed statements errors of this crate; any other error goes out by
-    /// [`Error::backend`]. An error, or a panic, undoes all of it.
-    ///
-    /// **It may run more than once**, so it must have no effect outside of the transaction, and take
-    /// the offset that it is given. A connection that is lost at any step, a deadlock, a
-    /// serialization failure and a server that has become read-only are nothing to the caller: the
-    /// batch starts over on a fresh connection, from the offset that is stored then, for as long as
-    /// the store's [`connection_timeout`](super::PostgresCheckpointStoreBuilder::connection_timeout)
-    /// since the first failure. When the answer to COMMIT was lost the store looks: if the
-    /// checkpoint is where this call wanted it, the batch is committed, and this call returns it. So
-    /// one call is never two batches. A connection that is lost *while `apply` runs* is given up
-    /// after three times, for its own statement may be what kills the server. That is known by the
-    /// error that `apply` returns: where it swallows it, the loss shows at the save, and is tried
-    /// again for the whole time.
-    ///
-    /// It need not roll back or commit, and must not do so by a statement of its own: after a
-    /// hand-written ROLLBACK the save would be a transaction of its own. What is expected to fail
-    /// goes into a savepoint, `tx.transaction()`: a statement that fails outside of one fails the
-    /// batch, even if its error is swallowed.
-    ///
-    /// # Or `in_transaction`?
-    ///
-    /// [`in_transaction`](Self::in_transaction) is for a transaction that is there already, and for
-    /// several projections in one. There the caller locks, saves, commits, and judges what to try
-    /// again.
-    ///
-    /// # Idle projections
-    ///
-    /// A call that finds nothing new is four round trips besides those of `apply`, and costs the server
-    /// a transaction id and 96 bytes of log, because it takes the row. Where many projections are idle,
-    /// ask cheaply first: compare [`get`](crate::CheckpointStore::get) with the end of the stream.
-    ///
-    /// # Errors
-    ///
-    /// What `apply` returned, as it is. [`InvalidOffset`](Error::InvalidOffset) when its offset is
-    /// not beyond the one it was given; nothing was kept then.
-    /// [`InvalidProjection`](Error::InvalidProjection). [`Unavailable`](Error::Unavailable) and
-    /// [`Backend`](Error::Backend) name the step that failed, `begin`, `lock`, `save` or `commit`, and
-    /// the projection. After `Unavailable` the batch may be committed; the next call goes on from
-    /// what is stored, so call again.
-    ///
-    /// # Panics
-    ///
-    /// When `apply` does; its work is undone, and the connection serves the next caller.
+    /// It begins a transaction, locks the projection, calls `apply` with the transaction and the offset, saves
+    /// the offset that `apply` returns, and commits. Read model and checkpoint are committed together or not
+    /// at all. Returns the new offset, or `None` if `apply` found nothing new. When several workers call it for
+    /// one projection, each waits until the one before has committed, and continues from there.
     ///
     /// # Examples
     ///
@@ -148,12 +105,83 @@ impl PostgresCheckpointStore {
     ///         match store.project("revenue", apply_next) {
     ///             Ok(Some(offset)) => println!("revenue is at {offset}"),
     ///             Ok(None) => sleep(Duration::from_millis(200)),
-    ///             Err(error) if error.is_transient() => eprintln!("{}", error.report()),
+    ///             Err(error) if error.is_transient() => {
+    ///                 eprintln!("{}", error.report());
+    ///                 sleep(Duration::from_secs(1));
+    ///             }
     ///             Err(error) => return Err(error),
     ///         }
     ///     }
     /// }
     /// ```
+    ///
+    /// # The closure
+    ///
+    /// `apply` reads the events after the offset, applies them through the transaction that it is given, and
+    /// returns the offset of the last one: `Ok(Some(last))`, or `Ok(None)` if there is none. An error or a panic
+    /// rolls everything back. `?` converts errors of `postgres`, of `r2d2` and `Box<dyn Error + Send + Sync>`;
+    /// another error is converted in one line:
+    ///
+    /// ```
+    /// # use checkpoint_store::Error;
+    /// # fn parse(payload: &str) -> checkpoint_store::Result<u64> {
+    /// let amount: u64 = payload.parse().map_err(|error| Error::backend("parse", error))?;
+    /// # Ok(amount) }
+    /// # assert!(parse("x").is_err());
+    /// ```
+    ///
+    /// **It may run more than once**, so it must have no effect outside the transaction, and must use the offset
+    /// that it is given.
+    ///
+    /// It must not end the transaction. Put what is expected to fail into a savepoint, `tx.transaction()`: a
+    /// statement that fails outside of one fails the batch. If the closure swallows that error, the batch
+    /// fails with a [`Backend`](Error::Backend) error that is not transient, whatever the swallowed one was.
+    ///
+    /// Inside the closure, do not write through the store. `save`, `save_many`, `advance`, `delete`, `project`
+    /// and `try_project` of the same store return an error there, because they would wait for the closure's own
+    /// transaction. Use [`in_transaction`](Self::in_transaction) with the transaction of the closure.
+    ///
+    /// # Retries
+    ///
+    /// After a lost connection at any step, a deadlock, a serialization failure, and on a server that has
+    /// become read-only, the batch starts over on another connection, from the offset that is stored then.
+    /// It retries for [`connection_timeout`](super::PostgresCheckpointStoreBuilder::connection_timeout),
+    /// counted from the first failure, because the closure may have run for long before.
+    ///
+    /// If the answer to COMMIT is lost the batch is in doubt, and the next attempt looks, under the lock, whether
+    /// the checkpoint has reached the offset of this call. If it has, the batch is committed, and the call
+    /// returns it. So one call never applies two batches. If the time is over before that is known, the error
+    /// names the `commit` and says that the batch may be committed; the next call continues from what is
+    /// stored.
+    ///
+    /// A connection that is lost three times between the start of `apply` and the answer to the save is
+    /// given up: a statement of `apply`, or the time that it takes, may be what ends it. If the closure ran for
+    /// longer than `idle_in_transaction_session_timeout` or `transaction_timeout` allows, the error says so:
+    /// apply fewer events in a batch, or set a longer limit. A read-only error is not retried if the server takes
+    /// writes, and so the closure itself has made its transaction read-only.
+    ///
+    /// # Round trips
+    ///
+    /// A batch is three round trips besides those of `apply`, because the save and the COMMIT are one message; a
+    /// call that finds nothing new is three as well. While the projection has no checkpoint they are two more.
+    /// An idle call costs the server a transaction id and 96 bytes of log, because it locks the row. If many
+    /// projections are idle, first compare [`get`](crate::CheckpointStore::get) with the end of the stream.
+    ///
+    /// # Or `in_transaction`?
+    ///
+    /// [`in_transaction`](Self::in_transaction) is for a transaction that exists already. There the caller locks,
+    /// saves, commits, and decides what to retry.
+    ///
+    /// # Errors
+    ///
+    /// What `apply` returned, as it is. [`InvalidOffset`](Error::InvalidOffset) if its offset is not beyond the
+    /// one that it was given; nothing is kept then. [`InvalidProjection`](Error::InvalidProjection).
+    /// [`Unavailable`](Error::Unavailable) and [`Backend`](Error::Backend) name the step that failed, `begin`,
+    /// `lock`, `apply`, `save` or `commit`, and the projection.
+    ///
+    /// # Panics
+    ///
+    /// If `apply` panics. Its work is rolled back, and the connection serves the next call.
     pub fn project(
         &self,
         projection: &str,
@@ -165,8 +193,12 @@ impl PostgresCheckpointStore {
         })
     }
 
-    /// As [`project`](Self::project), but does not wait for another worker: then it is
-    /// [`Taken`](Batch::Taken). For a few threads that share many projections.
+    /// Like [`project`](Self::project), but does not wait for another worker: if one has the projection, it
+    /// returns [`Taken`](Batch::Taken). For a few threads that share many projections.
+    ///
+    /// It waits in two cases. If the answer to its own COMMIT is lost, it waits for that COMMIT to end. If the
+    /// projection has no checkpoint, its save waits for a transaction that is creating one by `save` or
+    /// `advance`.
     ///
     /// # Errors
     ///
@@ -178,7 +210,7 @@ impl PostgresCheckpointStore {
     /// use checkpoint_store::postgres::Transaction;
     /// use checkpoint_store::{Batch, PostgresCheckpointStore, Result};
     ///
-    /// /// Goes once over all projections, past those that another worker has. Was there anything?
+    /// /// Visits each projection once, without those that another worker has. Was there anything new?
     /// fn round(
     ///     store: &PostgresCheckpointStore,
     ///     projections: &[&str],
@@ -207,92 +239,168 @@ impl PostgresCheckpointStore {
         mut apply: impl FnMut(&mut Transaction<'_>, i64) -> Result<Option<i64>>,
     ) -> Result<Batch> {
         validate_projection(projection)?;
+        self.refuse_inside_the_closure(match while_taken {
+            WhileTaken::Wait => "project",
+            WhileTaken::GiveUp => "try_project",
+        })?;
         let (queries, connections) = (&self.shared.queries, &self.shared.connections);
         let subject = queries.about(projection);
-        let mut attempt = Attempt { queries, projection, while_taken, in_doubt: None };
-        let mut patience = connections.patience();
-        let (mut has_failed, mut losses_while_applying, mut has_prepared_anew) = (false, 0, false);
-        let mut unfit = None;
+        let mut apply = |tx: &mut Transaction<'_>, offset| {
+            let _applying = Applying::with(self.id());
+            apply(tx, offset)
+        };
+        let mut attempt = Attempt::new(queries, projection, while_taken);
+        let mut retries = connections.retries(connections.deadline());
+        let mut has_prepared_again = false;
         loop {
-            let mut client = connections
-                .check_out_tested("begin", subject, &mut patience)
-                .map_err(|none| unfit.take().unwrap_or(none))?;
-            let ended = match attempt.run(&mut client, &mut apply) {
+            let mut client = connections.client("begin", subject, &mut retries)?;
+            let failed = match attempt.run(&mut client, &mut apply) {
                 Ok(batch) => {
-                    client.mark_working();
+                    client.mark_used();
                     return Ok(batch);
                 }
-                Err(ended) => ended,
+                Err(failed) => failed,
             };
-            // However long the closure has run: the time to try again begins with the first failure.
-            if !mem::replace(&mut has_failed, true) {
-                patience = connections.patience();
+            if attempt.in_doubt.is_none() {
+                retries.end_of_doubt();
             }
-            // After what is not final nothing has happened, or the lock will tell.
-            let (worth_another_try, error) = match ended {
-                Ended::At(_, cause)
-                    if is_stale(cause.as_ref()) && client.prepares && !has_prepared_anew =>
+            // However long the closure has run: the time to retry begins with the first failure.
+            if !retries.has_failed() {
+                retries.extend(connections.deadline());
+            }
+            // After what is retried nothing has happened, or the next lock will tell.
+            let (error, next) = match failed {
+                Failed::At(_, cause)
+                    if is_stale(cause.as_ref()) && client.prepares && !has_prepared_again =>
                 {
-                    client.forget::<Prepared>();
-                    has_prepared_anew = true;
+                    client.forget::<StatementCache>();
+                    has_prepared_again = true;
                     continue;
                 }
-                Ended::At(step, cause) => {
-                    let aftermath = client.check_in_after(cause.as_ref());
-                    (!aftermath.is_final(), failure(step, subject, name_the_pooler(cause)))
+                Failed::At(step, cause) => {
+                    let class = client.check_in_after(cause.as_ref());
+                    (
+                        failure(step, subject, name_the_pooler(cause)),
+                        next_after(class, AfterLoss::Repeat),
+                    )
                 }
-                Ended::AtCommit(to, cause) => {
-                    let aftermath = client.check_in_after(cause.as_ref());
-                    if aftermath == Aftermath::Lost {
-                        attempt.in_doubt = Some(to);
-                    }
-                    (!aftermath.is_final(), failure("commit", subject, cause))
+                Failed::InDoubt(cause) => {
+                    client.check_in_after(cause.as_ref());
+                    let subject = format_args!("{subject}, and the batch may be committed");
+                    let pause = retries.after_a_doubt(failure("commit", subject, cause))?;
+                    connections.pause(pause);
+                    continue;
                 }
-                Ended::Applying(error) => (false, error),
-                Ended::LostWhileApplying(error) => {
-                    losses_while_applying += 1;
-                    (losses_while_applying < LOSSES_WHILE_APPLYING, error)
+                Failed::InClosure(error) => (error, Next::Fail),
+                Failed::LostInClosure(error) if attempt.losses < LOSSES_WHILE_APPLYING => {
+                    (error, Next::Reconnect)
                 }
-                Ended::UndoneWhileApplying(error) => {
-                    if let Some(cause) = postgres_error(&error) {
+                Failed::LostInClosure(error) => (attempt.explain(error), Next::Fail),
+                Failed::RolledBackInClosure(error) => (error, Next::Repeat),
+                Failed::ReadOnlyInClosure(error) => {
+                    // The closure may have made its own transaction read-only.
+                    let is_its_own = takes_writes(&mut client).unwrap_or(false);
+                    if let Some(cause) = postgres_error(&error).filter(|_| !is_its_own) {
                         client.check_in_after(cause);
                     }
-                    (true, error)
+                    (error, if is_its_own { Next::Fail } else { Next::Reconnect })
                 }
             };
-            if !worth_another_try || !patience.pause() {
-                return Err(error);
-            }
-            // Why a connection was thrown away says more than that there is no other in time.
-            unfit = matches!(error, Error::Backend { .. }).then_some(error);
+            let pause = retries.after(error, next)?;
+            connections.pause(pause);
         }
+    }
+
+    /// Refuses what would wait for the transaction of the closure that the calling thread is in, and so for
+    /// itself, or for another closure that waits for this one. PostgreSQL cannot see such a deadlock.
+    pub(super) fn refuse_inside_the_closure(&self, operation: &'static str) -> Result<()> {
+        if Applying::is_with(self.id()) {
+            return Err(Error::backend(operation, InsideTheClosure));
+        }
+        Ok(())
     }
 }
 
-/// What does not change from one try to the next, and what the last one has left open.
+/// A write through the store, from the closure of `project` on the same store.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the store was called inside the closure of `project`, and would wait for that closure's own transaction: \
+     use `in_transaction` with the transaction that the closure is given, and return the offset to save it"
+)]
+struct InsideTheClosure;
+
+/// The calling thread is in the closure of `project` of a store; until this is dropped, by a panic too.
+struct Applying;
+
+thread_local! {
+    static APPLYING: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Applying {
+    fn with(store: usize) -> Self {
+        // Without the storage of the thread, at its end, nothing can be refused.
+        let _ = APPLYING.try_with(|stores| stores.borrow_mut().push(store));
+        Self
+    }
+
+    fn is_with(store: usize) -> bool {
+        APPLYING.try_with(|stores| stores.borrow().contains(&store)).unwrap_or(false)
+    }
+}
+
+impl Drop for Applying {
+    fn drop(&mut self) {
+        let _ = APPLYING.try_with(|stores| stores.borrow_mut().pop());
+    }
+}
+
+/// What does not change from one attempt to the next, and what the last one has left open.
 struct Attempt<'a> {
     queries: &'a Queries,
     projection: &'a str,
     while_taken: WhileTaken,
     /// Where a COMMIT that was not answered was to bring the checkpoint.
     in_doubt: Option<i64>,
+    /// How often the connection was lost since the closure began.
+    losses: u32,
+    /// How long the closure ran before the last of them.
+    ran: Duration,
+    /// The time limit of the server's that the closure has exceeded.
+    exceeded: Option<String>,
+    /// Whether to create a row that is absent before the closure runs, because another transaction has
+    /// created it in the meantime once already.
+    creates_first: bool,
 }
 
-impl Attempt<'_> {
+impl<'a> Attempt<'a> {
+    fn new(queries: &'a Queries, projection: &'a str, while_taken: WhileTaken) -> Self {
+        Self {
+            queries,
+            projection,
+            while_taken,
+            in_doubt: None,
+            losses: 0,
+            ran: Duration::ZERO,
+            exceeded: None,
+            creates_first: false,
+        }
+    }
+
     fn run(
         &mut self,
         client: &mut PooledClient,
         apply: impl FnMut(&mut Transaction<'_>, i64) -> Result<Option<i64>>,
-    ) -> Result<Batch, Ended> {
-        let mut statements = client.prepares.then(|| mem::take(client.kept::<Prepared>()));
-        let outcome = self.run_with(client, statements.as_mut(), apply);
-        if let Some(statements) = statements {
-            *client.kept() = statements;
+    ) -> Result<Batch, Failed> {
+        let mut cache = client.prepares.then(|| mem::take(client.kept::<StatementCache>()));
+        let outcome = self.run_with(client, cache.as_mut(), apply);
+        if let Some(cache) = cache {
+            *client.kept() = cache;
         }
         match outcome {
             // The transaction has been rolled back by now, so a lost connection has been noticed.
-            Err(Ended::Applying(error)) if client.is_closed() => {
-                Err(Ended::LostWhileApplying(error))
+            Err(Failed::InClosure(error)) if client.is_closed() => {
+                self.losses += 1;
+                Err(Failed::LostInClosure(error))
             }
             outcome => outcome,
         }
@@ -301,106 +409,181 @@ impl Attempt<'_> {
     fn run_with(
         &mut self,
         client: &mut PooledClient,
-        mut statements: Option<&mut Prepared>,
+        cache: Option<&mut StatementCache>,
         mut apply: impl FnMut(&mut Transaction<'_>, i64) -> Result<Option<i64>>,
-    ) -> Result<Batch, Ended> {
-        let Self { queries, projection, .. } = *self;
-        let mut tx = client.transaction().map_err(|cause| Ended::At("begin", cause.into()))?;
-        let locked = self.lock(&mut tx, statements.as_deref_mut()).map_err(at("lock"))?;
-        let Some(from) = locked else { return Ok(Batch::Taken) };
+    ) -> Result<Batch, Failed> {
+        let mut tx = client.transaction().map_err(|cause| Failed::At("begin", cause.into()))?;
+        let locked = self.lock(&mut Step { tx: &mut tx, cache }).map_err(at("lock"))?;
+        let Some((row, from)) = locked else { return Ok(Batch::Taken) };
         if let Some(in_doubt) = self.in_doubt.take() {
             // Whoever has brought it there, every event up to there is applied, and once.
             if from >= in_doubt {
                 return Ok(Batch::Committed(in_doubt));
             }
         }
-        let applied = match apply(&mut tx, from) {
-            Ok(applied) => applied,
-            Err(error) if is_undone_by_others(&error) && is_aborted(&mut tx) => {
-                return Err(Ended::UndoneWhileApplying(error));
-            }
-            Err(error) => return Err(Ended::Applying(error)),
-        };
+        if self.losses > 0 {
+            self.exceeded = exceeded_limit(&mut tx, self.ran).map_err(at("lock"))?;
+        }
+        if self.losses >= LOSSES_WHILE_APPLYING {
+            let error = failure("save", self.queries.about(self.projection), LostTooOften);
+            return Err(Failed::InClosure(self.explain(error)));
+        }
+        let began = Instant::now();
+        let applied = apply(&mut tx, from);
+        self.ran = began.elapsed();
+        let applied = applied.map_err(|error| match class_of(&error) {
+            Some(ErrorClass::RolledBack) => Failed::RolledBackInClosure(error),
+            Some(ErrorClass::ReadOnly) if is_aborted(&mut tx) => Failed::ReadOnlyInClosure(error),
+            _ => Failed::InClosure(error),
+        })?;
         let Some(to) = applied else {
-            return match probe(&mut tx) {
+            return match end(tx, "SELECT; ROLLBACK") {
                 Ok(()) => Ok(Batch::NothingNew),
-                Err(cause) => Err(self.stopped_after_applying("apply", cause.into())),
+                Err((_, cause)) => Err(self.not_finished("apply", row, cause)),
             };
         };
-        validate_offset(to).map_err(Ended::Applying)?;
+        validate_offset(to).map_err(Failed::InClosure)?;
         if to <= from {
             let reason = "the batch has to end beyond the offset that it began from";
-            return Err(Ended::Applying(Error::InvalidOffset { offset: to, reason }));
+            return Err(Failed::InClosure(Error::InvalidOffset { offset: to, reason }));
         }
-        let saved = queries.save(&mut Step { tx: &mut tx, statements }, projection, to);
-        saved.map_err(|cause| self.stopped_after_applying("save", cause))?;
-        tx.commit().map_err(|cause| Ended::AtCommit(to, cause.into()))?;
-        Ok(Batch::Committed(to))
+        let Err((mut tx, cause)) = end(tx, &self.queries.save_and_commit(row, to)) else {
+            return Ok(Batch::Committed(to));
+        };
+        if ErrorClass::of(cause.as_ref()) == ErrorClass::ConnectionLost {
+            self.in_doubt = Some(to);
+            self.losses += 1;
+            return Err(Failed::InDoubt(cause));
+        }
+        // After a COMMIT that failed there is no transaction any more.
+        let step = if is_aborted(&mut tx) { "save" } else { "commit" };
+        Err(self.not_finished(step, row, cause))
     }
 
     /// Why it does not go on after the closure has returned `Ok`.
-    fn stopped_after_applying(&self, step: &'static str, cause: Cause) -> Ended {
-        if sql_state(cause.as_ref()) != Some(&SqlState::IN_FAILED_SQL_TRANSACTION) {
-            return Ended::At(step, cause);
+    fn not_finished(&mut self, step: &'static str, row: LockedRow, cause: Cause) -> Failed {
+        match sql_state(cause.as_ref()) {
+            Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => {
+                let subject = self.queries.about(self.projection);
+                Failed::InClosure(failure("apply", subject, SWALLOWED))
+            }
+            Some(&SqlState::DIVISION_BY_ZERO) if step == "save" => {
+                Failed::At(step, NOT_SAVED.into())
+            }
+            Some(&SqlState::UNIQUE_VIOLATION) if step == "save" && row == LockedRow::Absent => {
+                self.creates_first = true;
+                Failed::At(step, Rivals.into())
+            }
+            _ => Failed::At(step, cause),
         }
-        let swallowed = "a statement has failed in the closure, which has not returned its error";
-        Ended::Applying(failure("apply", self.queries.about(self.projection), swallowed))
     }
 
-    fn lock(
-        &self,
-        tx: &mut Transaction<'_>,
-        statements: Option<&mut Prepared>,
-    ) -> Outcome<Option<i64>> {
+    fn lock(&self, step: &mut Step<'_, '_, '_>) -> Outcome<Option<(LockedRow, i64)>> {
         let Self { queries, projection, .. } = *self;
-        // A COMMIT in doubt may still be under way, and only who waits for it learns what came of it.
-        if self.while_taken == WhileTaken::Wait || self.in_doubt.is_some() {
-            return queries.lock(&mut Step { tx, statements }, projection).map(Some);
+        let there = |offset| (LockedRow::There, offset);
+        // A COMMIT in doubt may still be under way, and only a call that waits for it learns of its outcome.
+        let waits = self.while_taken == WhileTaken::Wait || self.in_doubt.is_some();
+        if !waits {
+            if let Some(offset) = queries.project_try_lock(step, projection)? {
+                return Ok(Some(there(offset)));
+            }
+            let is_locked = queries.try_lock_absent(step, projection)?;
+            return Ok(is_locked.then_some((LockedRow::Absent, 0)));
         }
-        match queries.lock_if_free(&mut Step { tx: &mut *tx, statements }, projection)? {
-            Some(offset) => Ok(Some(offset)),
-            None => lock_if_absent(queries, tx, projection),
+        if let Some(offset) = queries.project_lock(step, projection)? {
+            return Ok(Some(there(offset)));
+        }
+        if self.creates_first {
+            queries.lock_new(step, projection)?;
+        } else {
+            queries.lock_absent(step, projection)?;
+        }
+        // It may have been created while this transaction waited.
+        let offset = queries.project_lock(step, projection)?;
+        Ok(Some(offset.map_or((LockedRow::Absent, 0), there)))
+    }
+
+    /// Says which time limit of the server's has ended the connection under the closure, if one has.
+    fn explain(&self, error: Error) -> Error {
+        let Some(limit) = &self.exceeded else { return error };
+        let subject = format!("{}: {limit}", self.queries.about(self.projection));
+        Error::Unavailable {
+            operation: "apply",
+            subject: Some(subject),
+            transient: error.is_transient(),
+            source: error.into(),
         }
     }
 }
 
-/// Whether the closure's error says that the server has undone its work because of others.
-fn is_undone_by_others(error: &Error) -> bool {
-    postgres_error(error).is_some_and(|cause| match Aftermath::of(cause) {
-        Aftermath::RolledBack | Aftermath::ReadOnly => true,
-        Aftermath::Lost | Aftermath::Unfit | Aftermath::Refused => false,
-    })
+const SWALLOWED: &str = "a statement has failed in the closure, which has not returned its error";
+
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the connection was lost {LOSSES_WHILE_APPLYING} times between the start of the closure and the answer to \
+         the save"
+)]
+struct LostTooOften;
+
+/// Ends the transaction with these statements, in one message. A transaction that has ended must not be
+/// dropped, which would send a ROLLBACK; it owns nothing.
+fn end<'c>(mut tx: Transaction<'c>, statements: &str) -> Result<(), (Transaction<'c>, Cause)> {
+    match tx.batch_execute(statements) {
+        Ok(()) => {
+            mem::forget(tx);
+            Ok(())
+        }
+        Err(error) => Err((tx, error.into())),
+    }
 }
 
-/// Asks whether the transaction is in order.
-fn probe(tx: &mut Transaction<'_>) -> Result<(), postgres::Error> {
-    tx.execute_typed("SELECT", &[]).map(drop)
+fn class_of(error: &Error) -> Option<ErrorClass> {
+    postgres_error(error).map(|cause| ErrorClass::of(cause))
 }
 
 /// Whether a statement has failed in this very transaction: the closure may use other ones too.
 fn is_aborted(tx: &mut Transaction<'_>) -> bool {
-    probe(tx).is_err_and(|error| error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION))
+    let probe = tx.batch_execute("SELECT");
+    probe.is_err_and(|error| error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION))
 }
 
-/// Runs the steps of the store in the transaction, as statements of the connection where it keeps
-/// them.
+/// The time limit of the session's that is shorter than the closure has run.
+fn exceeded_limit(tx: &mut Transaction<'_>, ran: Duration) -> Outcome<Option<String>> {
+    let sql = "SELECT name, setting
+        FROM pg_catalog.pg_settings
+        WHERE name OPERATOR(pg_catalog.=) ANY
+            (ARRAY['idle_in_transaction_session_timeout', 'transaction_timeout']::pg_catalog.text[])";
+    for row in tx.query_typed(sql, &[])? {
+        let (name, setting): (String, String) = (row.try_get(0)?, row.try_get(1)?);
+        let limit = Duration::from_millis(setting.parse().unwrap_or(0));
+        if !limit.is_zero() && limit <= ran {
+            return Ok(Some(format!(
+                "the server's {name} is {limit:?}, and the closure ran for {ran:.1?}; apply fewer events in \
+                 a batch, or set a longer limit"
+            )));
+        }
+    }
+    Ok(None)
+}
+
+/// Runs the steps of the store in the transaction, with the statement cache of the connection if it has one.
 struct Step<'a, 'b, 'c> {
     tx: &'a mut Transaction<'c>,
-    statements: Option<&'b mut Prepared>,
+    cache: Option<&'b mut StatementCache>,
 }
 
 impl Session for Step<'_, '_, '_> {
     fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<postgres::Row>> {
-        match &mut self.statements {
-            Some(statements) => Keeping { client: self.tx, statements }.query(query, parameters),
-            None => Unnamed(self.tx).query(query, parameters),
+        match &mut self.cache {
+            Some(cache) => Cached { client: self.tx, cache }.query(query, parameters),
+            None => Uncached(self.tx).query(query, parameters),
         }
     }
 
     fn execute(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<u64> {
-        match &mut self.statements {
-            Some(statements) => Keeping { client: self.tx, statements }.execute(query, parameters),
-            None => Unnamed(self.tx).execute(query, parameters),
+        match &mut self.cache {
+            Some(cache) => Cached { client: self.tx, cache }.execute(query, parameters),
+            None => Uncached(self.tx).execute(query, parameters),
         }
     }
 }

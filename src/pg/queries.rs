@@ -1,17 +1,19 @@
+//! The store's statements: one function an operation, for the pool and for the caller's transaction alike.
+
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use postgres::Row;
+use postgres::error::SqlState;
 use postgres::types::{FromSql, Type};
 
-use super::failure::{Cause, Outcome};
+use super::errors::{Cause, Outcome, OutcomeUnknown, Rivals, sql_state};
 use super::group::{Stored, Write};
 use super::identifier::Table;
 use super::session::{Query, Session};
 use crate::{Checkpoint, Error};
 
-/// One function per operation, for the pool and for the caller's transaction alike.
 #[derive(Debug)]
 pub(crate) struct Queries {
     pub(crate) table: Table,
@@ -26,12 +28,26 @@ pub(crate) struct Queries {
     lock_new: Query,
     try_lock: Query,
     write_together: Query,
-    may_hide: Query,
+    save_again: Query,
+    delete_again: Query,
+    server_time: Query,
+    absent: Query,
+    may_discard: Query,
+    project_lock: Query,
+    project_try_lock: Query,
+    lock_absent: Query,
+    try_lock_absent: Query,
+    /// Without their offset, which stands between the pieces.
+    project_save: Vec<String>,
+    project_create: Vec<String>,
 }
 
 impl Queries {
     pub(crate) fn new(table: Table) -> Self {
+        /// What stands for the offset in the files of statements that cannot bind it.
+        const OFFSET: &str = "42";
         let query = |sql, parameters| Query { sql: table.render(sql), parameters };
+        let pieces = |sql: &str| sql.split(OFFSET).map(|piece| table.render(piece)).collect();
         Self {
             find: query(include_str!("../../sql/find.sql"), &[Type::TEXT]),
             all: query(include_str!("../../sql/all.sql"), &[]),
@@ -50,13 +66,35 @@ impl Queries {
             ),
             delete: query(include_str!("../../sql/delete.sql"), &[Type::TEXT]),
             lock: query(include_str!("../../sql/lock.sql"), &[Type::TEXT]),
-            lock_new: query(include_str!("../../sql/lock_new.sql"), &[Type::TEXT]),
+            lock_new: query(include_str!("../../sql/lock_new.sql"), &[Type::TEXT, Type::TEXT]),
             try_lock: query(include_str!("../../sql/try_lock.sql"), &[Type::TEXT]),
             write_together: query(
                 include_str!("../../sql/write_together.sql"),
                 &[Type::TEXT_ARRAY, Type::INT8_ARRAY, Type::INT8_ARRAY],
             ),
-            may_hide: query(include_str!("../../sql/may_hide.sql"), &[Type::TEXT]),
+            save_again: query(
+                include_str!("../../sql/save_again.sql"),
+                &[Type::TEXT_ARRAY, Type::INT8_ARRAY, Type::TIMESTAMPTZ],
+            ),
+            delete_again: query(
+                include_str!("../../sql/delete_again.sql"),
+                &[Type::TEXT, Type::TIMESTAMPTZ],
+            ),
+            server_time: query(include_str!("../../sql/server_time.sql"), &[]),
+            absent: query(include_str!("../../sql/absent.sql"), &[Type::TEXT, Type::TEXT]),
+            may_discard: query(include_str!("../../sql/may_discard.sql"), &[Type::TEXT]),
+            project_lock: query(include_str!("../../sql/project_lock.sql"), &[Type::TEXT]),
+            project_try_lock: query(include_str!("../../sql/project_try_lock.sql"), &[Type::TEXT]),
+            lock_absent: query(
+                include_str!("../../sql/lock_absent.sql"),
+                &[Type::TEXT, Type::TEXT],
+            ),
+            try_lock_absent: query(
+                include_str!("../../sql/try_lock_absent.sql"),
+                &[Type::TEXT, Type::TEXT],
+            ),
+            project_save: pieces(include_str!("../../sql/project_save.sql")),
+            project_create: pieces(include_str!("../../sql/project_create.sql")),
             table,
         }
     }
@@ -82,7 +120,7 @@ impl Queries {
     ) -> Outcome<Option<Checkpoint>> {
         match session.query(&self.find, &[&projection])?.first() {
             Some(row) => checkpoint(row).map(Some),
-            None => self.require_that_nothing_is_hidden(session).map(|()| None),
+            None => self.is_there(session, projection).map(|_| None),
         }
     }
 
@@ -93,20 +131,22 @@ impl Queries {
         match rows.first() {
             Some(row) if row.try_get("may_hide")? => return Err(MAY_HIDE.into()),
             Some(_) => {}
-            None => self.require_that_nothing_is_hidden(session)?,
+            None => drop(self.is_there(session, "")?),
         }
         let mut checkpoints: Vec<_> = rows.iter().map(checkpoint).collect::<Outcome<_>>()?;
         checkpoints.sort_unstable_by(|one, other| one.projection.cmp(&other.projection));
         Ok(checkpoints)
     }
 
-    /// What row-level security hides must not look like what is not there.
-    fn require_that_nothing_is_hidden(&self, session: &mut impl Session) -> Outcome<()> {
-        let rows = session.query(&self.may_hide, &[&self.table.to_string()])?;
-        match rows.first().map(|row| row.try_get(0)).transpose()? {
-            Some(false) => Ok(()),
-            _ => Err(MAY_HIDE.into()),
+    /// Whether the checkpoint is there, asked after a statement has found none. What row-level security
+    /// hides must not look like what is not there.
+    pub(crate) fn is_there(&self, session: &mut impl Session, projection: &str) -> Outcome<bool> {
+        let rows = session.query(&self.absent, &[&self.table.to_string(), &projection])?;
+        let row = rows.first().ok_or(NO_ROW)?;
+        if row.try_get("may_hide")? {
+            return Err(MAY_HIDE.into());
         }
+        Ok(row.try_get("is_there")?)
     }
 
     pub(crate) fn save(
@@ -115,7 +155,7 @@ impl Queries {
         projection: &str,
         offset: i64,
     ) -> Outcome<()> {
-        written(session.execute(&self.save, &[&projection, &offset])?, 1)
+        written(session.execute(&self.save, &[&projection, &offset])).and_then(require_one)
     }
 
     pub(crate) fn save_many(
@@ -123,9 +163,61 @@ impl Queries {
         session: &mut impl Session,
         checkpoints: &[(&str, i64)],
     ) -> Outcome<()> {
-        let last: BTreeMap<&str, i64> = checkpoints.iter().copied().collect();
-        let (names, offsets): (Vec<&str>, Vec<i64>) = last.into_iter().unzip();
-        written(session.execute(&self.save_many, &[&names, &offsets])?, names.len())
+        let (names, offsets) = last_of_each(checkpoints);
+        written(session.execute(&self.save_many, &[&names, &offsets])).map(drop)
+    }
+
+    /// Saves after a first attempt, begun at `lost`, that may have been executed, and not if anybody has
+    /// written one of the checkpoints since: that must not be undone. A checkpoint that is not there
+    /// does not tell whether it was deleted since.
+    pub(crate) fn save_again(
+        &self,
+        session: &mut impl Session,
+        checkpoints: &[(&str, i64)],
+        lost: Instant,
+    ) -> Outcome<()> {
+        let (names, offsets) = last_of_each(checkpoints);
+        let since = self.server_time_at(session, lost)?;
+        let rows = written(session.query(&self.save_again, &[&names, &offsets, &since]))?;
+        let row = rows.first().ok_or(NO_ROW)?;
+        match (row.try_get("is_written")?, row.try_get("is_as_given")?) {
+            (false, false) => Err(OutcomeUnknown.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same for a delete. Where nothing is there it may have been the first attempt that deleted it.
+    pub(crate) fn delete_again(
+        &self,
+        session: &mut impl Session,
+        projection: &str,
+        lost: Instant,
+    ) -> Outcome<bool> {
+        let since = self.server_time_at(session, lost)?;
+        let rows = session.query(&self.delete_again, &[&projection, &since])?;
+        let row = rows.first().ok_or(NO_ROW)?;
+        match (row.try_get("is_deleted")?, row.try_get("was_there")?) {
+            (true, _) => Ok(true),
+            (false, true) => Err(OutcomeUnknown.into()),
+            (false, false) => self.is_there(session, projection).map(|_| false),
+        }
+    }
+
+    /// What the server's clock showed at that moment, or a little earlier: the time of the answer is
+    /// subtracted too. Rows that another server wrote before a failover have the time of another clock, so
+    /// nothing can be said soon after one.
+    fn server_time_at(&self, session: &mut impl Session, moment: Instant) -> Outcome<SystemTime> {
+        /// By how much the clocks of a primary and its standby may differ.
+        const CLOCK_SKEW: Duration = Duration::from_secs(60);
+        let rows = session.query(&self.server_time, &[])?;
+        let row = rows.first().ok_or(NO_ROW)?;
+        let Timestamp(now) = row.try_get("now")?;
+        let then = now.checked_sub(moment.elapsed()).ok_or(OutcomeUnknown)?;
+        let was_standby_until: Option<Timestamp> = row.try_get("was_standby_until")?;
+        match was_standby_until {
+            Some(Timestamp(until)) if until + CLOCK_SKEW > then => Err(OutcomeUnknown.into()),
+            _ => Ok(then),
+        }
     }
 
     pub(crate) fn advance(
@@ -135,32 +227,39 @@ impl Queries {
         from: i64,
         to: i64,
     ) -> Outcome<Advance> {
-        // Nothing found and nothing moved, though `from` is 0: another transaction has created the
-        // row since the statement began. The next one sees it.
-        const ATTEMPTS: usize = 8;
-        // The cheap statement first: it is all there is to do, unless the row is absent or elsewhere.
-        if session.execute(&self.advance, &[&projection, &from, &to])? > 0 {
-            return Ok(Advance::Moved);
-        }
-        for attempt in 0..ATTEMPTS {
-            let rows = session.query(&self.advance_or_find, &[&projection, &from, &to])?;
-            let row = rows.first().ok_or("the server returned no row")?;
+        for _ in 0..ATTEMPTS {
+            // The cheap statement first: it is all there is to do, unless the row is absent or elsewhere.
+            let moved = written(session.execute(&self.advance, &[&projection, &from, &to]))?;
+            if moved > 0 {
+                return Ok(Advance::Moved);
+            }
+            let rows = written(session.query(&self.advance_or_find, &[&projection, &from, &to]))?;
+            let row = rows.first().ok_or(NO_ROW)?;
             if row.try_get("moved")? {
                 return Ok(Advance::Moved);
             }
             match row.try_get("found")? {
-                // It was where it was to be, and was not moved.
-                Some(found) if found == from => break,
+                // It was locked where it was expected to be, and was not moved.
+                Some(found) if found == from => return Err(NOTHING_WRITTEN.into()),
                 Some(found) => return Ok(Advance::Found(found)),
-                // Asked again, for it may have been deleted and created under this statement.
-                None if from != 0 && attempt > 0 => {
-                    self.require_that_nothing_is_hidden(session)?;
+                // It may have been deleted and created while the statement ran.
+                None if from != 0 && !self.is_there(session, projection)? => {
                     return Ok(Advance::Found(0));
                 }
+                // A rival has created it while the statement ran, or the server discards what is inserted.
                 None => {}
             }
         }
-        Err(NOTHING_WRITTEN.into())
+        Err(self.why_nothing_happens(session)?)
+    }
+
+    /// Why one statement after another touches no row.
+    fn why_nothing_happens(&self, session: &mut impl Session) -> Outcome<Cause> {
+        let rows = session.query(&self.may_discard, &[&self.table.to_string()])?;
+        Ok(match rows.first().map(|row| row.try_get(0)).transpose()? {
+            Some(true) => NOTHING_HAPPENS.into(),
+            _ => Rivals.into(),
+        })
     }
 
     /// Stores what is free and where it is expected to be, and says whose that was.
@@ -172,16 +271,20 @@ impl Queries {
         let names: Vec<&str> = writes.iter().map(|write| &*write.projection).collect();
         let from: Vec<Option<i64>> = writes.iter().map(|write| write.from).collect();
         let to: Vec<i64> = writes.iter().map(|write| write.to).collect();
-        let rows = session.query(&self.write_together, &[&names, &from, &to])?;
+        let rows = written(session.query(&self.write_together, &[&names, &from, &to]))?;
         rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
     }
 
     pub(crate) fn delete(&self, session: &mut impl Session, projection: &str) -> Outcome<bool> {
-        if session.execute(&self.delete, &[&projection])? > 0 {
-            return Ok(true);
+        for _ in 0..ATTEMPTS {
+            if session.execute(&self.delete, &[&projection])? > 0 {
+                return Ok(true);
+            }
+            if !self.is_there(session, projection)? {
+                return Ok(false);
+            }
         }
-        self.require_that_nothing_is_hidden(session)?;
-        Ok(false)
+        Err(self.why_nothing_happens(session)?)
     }
 
     pub(crate) fn lock(&self, session: &mut impl Session, projection: &str) -> Outcome<i64> {
@@ -191,9 +294,10 @@ impl Queries {
         }
     }
 
-    /// Creates the row at 0, or waits for whoever is creating it, and takes it.
+    /// Creates the row at 0, or waits for the transaction that is creating it, and locks it.
     pub(crate) fn lock_new(&self, session: &mut impl Session, projection: &str) -> Outcome<i64> {
-        let rows = session.query(&self.lock_new, &[&projection])?;
+        let table = self.table.to_string();
+        let rows = written(session.query(&self.lock_new, &[&projection, &table]))?;
         Ok(rows.first().ok_or(NOTHING_WRITTEN)?.try_get(0)?)
     }
 
@@ -206,6 +310,69 @@ impl Queries {
         let rows = session.query(&self.try_lock, &[&projection])?;
         Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
     }
+
+    /// Locks the row for `project`, if it is there.
+    pub(crate) fn project_lock(
+        &self,
+        session: &mut impl Session,
+        projection: &str,
+    ) -> Outcome<Option<i64>> {
+        let rows = session.query(&self.project_lock, &[&projection])?;
+        Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
+    }
+
+    /// The same if it is free.
+    pub(crate) fn project_try_lock(
+        &self,
+        session: &mut impl Session,
+        projection: &str,
+    ) -> Outcome<Option<i64>> {
+        let rows = session.query(&self.project_try_lock, &[&projection])?;
+        Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
+    }
+
+    /// Locks a projection whose row is not there, and writes nothing: a call of `project` that finds
+    /// nothing new leaves nothing behind.
+    pub(crate) fn lock_absent(&self, session: &mut impl Session, projection: &str) -> Outcome<()> {
+        let table = self.table.to_string();
+        let rows = session.query(&self.lock_absent, &[&projection, &table])?;
+        if rows.first().ok_or(NO_ROW)?.try_get("may_hide")? {
+            return Err(MAY_HIDE.into());
+        }
+        Ok(())
+    }
+
+    /// The same without waiting; `false` if another transaction holds the row, or is creating it.
+    pub(crate) fn try_lock_absent(
+        &self,
+        session: &mut impl Session,
+        projection: &str,
+    ) -> Outcome<bool> {
+        let table = self.table.to_string();
+        let rows = session.query(&self.try_lock_absent, &[&projection, &table])?;
+        let row = rows.first().ok_or(NO_ROW)?;
+        if row.try_get("may_hide")? {
+            return Err(MAY_HIDE.into());
+        }
+        Ok(row.try_get("is_locked")?)
+    }
+
+    /// Saves what `project` has locked and commits, in one message. The projection's name is where the
+    /// lock has put it, so the message holds nothing but a number.
+    pub(crate) fn save_and_commit(&self, row: LockedRow, offset: i64) -> String {
+        let pieces = match row {
+            LockedRow::There => &self.project_save,
+            LockedRow::Absent => &self.project_create,
+        };
+        format!("{} COMMIT", pieces.join(&offset.to_string()))
+    }
+}
+
+/// Whether the row that `project` has locked is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LockedRow {
+    There,
+    Absent,
 }
 
 /// What an operation is about, written down only when it fails.
@@ -240,15 +407,41 @@ impl Advance {
     }
 }
 
-const NOTHING_WRITTEN: &str =
-    "the server wrote no row; a trigger, rule or policy may have discarded it";
+const NOTHING_WRITTEN: &str = "the server wrote no row, or another checkpoint than it was given: a trigger, \
+                               rule or policy discards or alters it";
+
+/// What is said of the save of `project`, whose row is locked.
+pub(crate) const NOT_SAVED: &str = "the server wrote no row, or another checkpoint than it was given: a trigger, \
+                                    rule or policy discards or alters it, or the closure has deleted it";
+
+const NOTHING_HAPPENS: &str = "the server wrote no row: a trigger, rule or policy discards it, or other clients have created and \
+     deleted it at each of several attempts";
+
+/// How often a statement that touches no row is tried before it is asked why.
+const ATTEMPTS: usize = 8;
+
+const NO_ROW: &str = "the server returned no row";
 
 const MAY_HIDE: &str = "row-level security may hide checkpoints from the role that is logged in: \
                         use the table's owner, or a role with BYPASSRLS";
 
-/// A write that the server swallowed must not look like one that it kept.
-fn written(rows: u64, expected: usize) -> Outcome<()> {
-    if rows == expected as u64 { Ok(()) } else { Err(NOTHING_WRITTEN.into()) }
+/// A statement whose `RETURNING` divides by zero when the row is not as it was given. So the server
+/// undoes what it has altered, in the same round trip.
+fn written<T>(outcome: Outcome<T>) -> Outcome<T> {
+    outcome.map_err(|cause| match sql_state(cause.as_ref()) {
+        Some(&SqlState::DIVISION_BY_ZERO) => NOTHING_WRITTEN.into(),
+        _ => cause,
+    })
+}
+
+/// A write that the server discarded must not look like one that it kept.
+fn require_one(rows: u64) -> Outcome<()> {
+    if rows == 1 { Ok(()) } else { Err(NOTHING_WRITTEN.into()) }
+}
+
+/// In the order of the names; of a name given twice the last one counts.
+fn last_of_each<'a>(checkpoints: &[(&'a str, i64)]) -> (Vec<&'a str>, Vec<i64>) {
+    checkpoints.iter().copied().collect::<BTreeMap<_, _>>().into_iter().unzip()
 }
 
 fn checkpoint(row: &Row) -> Outcome<Checkpoint> {
@@ -281,7 +474,7 @@ impl<'a> FromSql<'a> for Timestamp {
 mod tests {
     use super::*;
 
-    fn rendered(queries: &Queries) -> [(&Query, &'static str); 12] {
+    fn rendered(queries: &Queries) -> [(&Query, &'static str); 20] {
         [
             (&queries.find, include_str!("../../sql/find.sql")),
             (&queries.all, include_str!("../../sql/all.sql")),
@@ -293,7 +486,15 @@ mod tests {
             (&queries.lock, include_str!("../../sql/lock.sql")),
             (&queries.lock_new, include_str!("../../sql/lock_new.sql")),
             (&queries.try_lock, include_str!("../../sql/try_lock.sql")),
-            (&queries.may_hide, include_str!("../../sql/may_hide.sql")),
+            (&queries.save_again, include_str!("../../sql/save_again.sql")),
+            (&queries.delete_again, include_str!("../../sql/delete_again.sql")),
+            (&queries.server_time, include_str!("../../sql/server_time.sql")),
+            (&queries.absent, include_str!("../../sql/absent.sql")),
+            (&queries.may_discard, include_str!("../../sql/may_discard.sql")),
+            (&queries.project_lock, include_str!("../../sql/project_lock.sql")),
+            (&queries.project_try_lock, include_str!("../../sql/project_try_lock.sql")),
+            (&queries.lock_absent, include_str!("../../sql/lock_absent.sql")),
+            (&queries.try_lock_absent, include_str!("../../sql/try_lock_absent.sql")),
             (&queries.write_together, include_str!("../../sql/write_together.sql")),
         ]
     }
@@ -307,6 +508,15 @@ mod tests {
                 .sql
                 .replace("\"app \"\"one\"\"\".\"Check;points\"", "public.projection_checkpoints");
             assert_eq!(back, file);
+        }
+        let table = "\"app \"\"one\"\"\".\"Check;points\"";
+        for (row, file) in [
+            (LockedRow::There, include_str!("../../sql/project_save.sql")),
+            (LockedRow::Absent, include_str!("../../sql/project_create.sql")),
+        ] {
+            let back = queries.save_and_commit(row, 42);
+            let back = back.replace(table, "public.projection_checkpoints");
+            assert_eq!(back, format!("{file} COMMIT"));
         }
         Ok(())
     }

@@ -1,12 +1,14 @@
+//! The store's operations in the caller's own transaction.
+
 use std::fmt;
 
 use postgres::Transaction;
 use postgres::error::SqlState;
 
 use super::connections::Connections;
-use super::failure::{Aftermath, Cause, Outcome, failure, sql_state};
+use super::errors::{Cause, ErrorClass, Outcome, failure, sql_state};
 use super::queries::Queries;
-use super::session::Unnamed;
+use super::session::Uncached;
 use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, Error, Result};
 
@@ -28,7 +30,8 @@ use crate::{Checkpoint, Error, Result};
 /// tries again. This is for a transaction that is there already, and for several projections in one.
 ///
 /// Do not call the store itself for a projection that your own open transaction holds: `store.save` waits
-/// for that transaction, and so for ever. After a ROLLBACK by a statement of your own the save is a
+/// for that transaction, which waits for your thread. Neither this crate nor PostgreSQL can see that
+/// deadlock; see [`lock`](InTransaction::lock) for how to bound the wait. After a ROLLBACK by a statement of your own the save is a
 /// transaction by itself.
 ///
 /// # Save last, and return on `Err`
@@ -65,6 +68,14 @@ pub struct InTransaction<'a, 'c> {
     pub(super) queries: &'a Queries,
     pub(super) connections: &'a Connections,
     pub(super) tx: &'a mut Transaction<'c>,
+}
+
+impl fmt::Debug for InTransaction<'_, '_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InTransaction")
+            .field("table", &format_args!("{}", self.queries.table))
+            .finish_non_exhaustive()
+    }
 }
 
 impl InTransaction<'_, '_> {
@@ -105,6 +116,29 @@ impl InTransaction<'_, '_> {
         Ok(self.read("get", projection)?.map_or(0, |checkpoint| checkpoint.offset))
     }
 
+    /// Every checkpoint as this transaction sees it, ordered by the bytes of the projection's name. One
+    /// round trip.
+    ///
+    /// # Errors
+    ///
+    /// As [`CheckpointStore::all`](crate::CheckpointStore::all).
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # fn f(store: checkpoint_store::PostgresCheckpointStore, mut tx: checkpoint_store::postgres::Transaction<'_>) -> checkpoint_store::Result<()> {
+    /// for checkpoint in store.in_transaction(&mut tx).all()? {
+    ///     println!("{} is at {}", checkpoint.projection, checkpoint.offset);
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn all(&mut self) -> Result<Vec<Checkpoint>> {
+        let queries = self.queries;
+        queries
+            .all(&mut Uncached(self.tx))
+            .map_err(|cause| self.failed("all", format_args!("table {}", queries.table), cause))
+    }
+
     /// Sets the checkpoint, forwards or back, from the commit on. One round trip.
     ///
     /// It holds the projection until the transaction ends: another writer of the same projection
@@ -127,7 +161,7 @@ impl InTransaction<'_, '_> {
         validate_projection(projection)?;
         validate_offset(offset)?;
         self.queries
-            .save(&mut Unnamed(self.tx), projection, offset)
+            .save(&mut Uncached(self.tx), projection, offset)
             .map_err(|cause| self.failed("save", self.queries.about(projection), cause))
     }
 
@@ -151,7 +185,7 @@ impl InTransaction<'_, '_> {
             return Ok(());
         }
         self.queries
-            .save_many(&mut Unnamed(self.tx), checkpoints)
+            .save_many(&mut Uncached(self.tx), checkpoints)
             .map_err(|cause| self.failed("save_many", self.queries.about_many(checkpoints), cause))
     }
 
@@ -181,7 +215,7 @@ impl InTransaction<'_, '_> {
     pub fn advance(&mut self, projection: &str, from: i64, to: i64) -> Result<()> {
         validate_advance(projection, from, to)?;
         self.queries
-            .advance(&mut Unnamed(self.tx), projection, from, to)
+            .advance(&mut Uncached(self.tx), projection, from, to)
             .map_err(|cause| self.failed("advance", self.queries.about(projection), cause))?
             .or_conflict(projection, from)
     }
@@ -204,7 +238,7 @@ impl InTransaction<'_, '_> {
     pub fn delete(&mut self, projection: &str) -> Result<bool> {
         validate_projection(projection)?;
         self.queries
-            .delete(&mut Unnamed(self.tx), projection)
+            .delete(&mut Uncached(self.tx), projection)
             .map_err(|cause| self.failed("delete", self.queries.about(projection), cause))
     }
 
@@ -214,8 +248,13 @@ impl InTransaction<'_, '_> {
     /// Creates the checkpoint at 0 when there is none. A `delete` that commits while a worker waits
     /// here makes that worker begin at 0. Of two workers on one projection the second
     /// waits here until the first one's transaction ends, and then sees the offset that it left.
-    /// It waits as long as that takes; `SET LOCAL lock_timeout` bounds it, and its error
-    /// [is transient](Error::is_transient).
+    /// It waits as long as that takes. `SET LOCAL lock_timeout = '5s'` bounds the wait in this transaction, and
+    /// `options='-c lock_timeout=5s'` in the connection parameters bounds it in all of them. The error of a
+    /// wait that is too long [is transient](Error::is_transient).
+    ///
+    /// While the transaction is open, do not write the same projection through the store itself, as with
+    /// `store.save`: that call waits for this transaction, on the thread that is to commit it. Only
+    /// `lock_timeout` ends such a wait.
     ///
     /// Together with [`save`](InTransaction::save) and the commit, each event counts exactly once.
     /// Call it first in the transaction: what was read before it may be out of date.
@@ -237,7 +276,7 @@ impl InTransaction<'_, '_> {
     pub fn lock(&mut self, projection: &str) -> Result<i64> {
         validate_projection(projection)?;
         self.queries
-            .lock(&mut Unnamed(self.tx), projection)
+            .lock(&mut Uncached(self.tx), projection)
             .map_err(|cause| self.failed("lock", self.queries.about(projection), cause))
     }
 
@@ -267,7 +306,7 @@ impl InTransaction<'_, '_> {
         validate_projection(projection)?;
         let queries = self.queries;
         queries
-            .lock_if_free(&mut Unnamed(self.tx), projection)
+            .lock_if_free(&mut Uncached(self.tx), projection)
             .and_then(|held| match held {
                 Some(offset) => Ok(Some(offset)),
                 None => lock_if_absent(queries, self.tx, projection),
@@ -278,46 +317,45 @@ impl InTransaction<'_, '_> {
     fn read(&mut self, operation: &'static str, projection: &str) -> Result<Option<Checkpoint>> {
         validate_projection(projection)?;
         self.queries
-            .find(&mut Unnamed(self.tx), projection)
+            .find(&mut Uncached(self.tx), projection)
             .map_err(|cause| self.failed(operation, self.queries.about(projection), cause))
     }
 
     fn failed(&self, operation: &'static str, subject: impl fmt::Display, cause: Cause) -> Error {
-        self.connections.note(Aftermath::of(cause.as_ref()));
+        self.connections.note(ErrorClass::of(cause.as_ref()));
         failure(operation, subject, cause)
     }
 }
 
-/// What is left of `try_lock` where no row was free: creates the row if there is none.
+/// What is left of `try_lock` if no row was free: creates the row if there is none.
 ///
-/// To create it is to wait for whoever else is creating it: here a millisecond, the shortest time
-/// that PostgreSQL knows. The savepoint keeps a time-out from aborting the caller's transaction, and
-/// the setting from outliving this call.
+/// To create it is to wait for any other transaction that is creating it: here a millisecond, the shortest
+/// time that PostgreSQL knows. The savepoint keeps a time-out from aborting the caller's transaction. The
+/// caller's own setting waits in a setting of this crate's, which ends with the transaction.
 pub(super) fn lock_if_absent(
     queries: &Queries,
     tx: &mut Transaction<'_>,
     projection: &str,
 ) -> Outcome<Option<i64>> {
-    if queries.find(&mut Unnamed(tx), projection)?.is_some() {
+    const BEGIN: &str = "SAVEPOINT checkpoint_store;
+        SELECT pg_catalog.set_config(
+            'checkpoint_store.lock_timeout', pg_catalog.current_setting('lock_timeout'), true);
+        SELECT pg_catalog.set_config('lock_timeout', '1ms', true)";
+    const RELEASE: &str = "SELECT pg_catalog.set_config(
+            'lock_timeout', pg_catalog.current_setting('checkpoint_store.lock_timeout'), true);
+        RELEASE SAVEPOINT checkpoint_store";
+    const UNDO: &str = "ROLLBACK TO SAVEPOINT checkpoint_store; RELEASE SAVEPOINT checkpoint_store";
+    if queries.is_there(&mut Uncached(tx), projection)? {
         return Ok(None);
     }
-    let mut savepoint = tx.transaction()?;
-    let caller = savepoint.query_typed_one(
-        "SELECT current_setting('lock_timeout'), set_config('lock_timeout', '1ms', true)",
-        &[],
-    )?;
-    match queries.lock_new(&mut Unnamed(&mut savepoint), projection) {
+    tx.batch_execute(BEGIN)?;
+    match queries.lock_new(&mut Uncached(tx), projection) {
         Ok(offset) => {
-            let setting: &str = caller.try_get(0)?;
-            savepoint.query_typed_one(
-                "SELECT set_config('lock_timeout', $1, true)",
-                &[(&setting, postgres::types::Type::TEXT)],
-            )?;
-            savepoint.commit()?;
+            tx.batch_execute(RELEASE)?;
             Ok(Some(offset))
         }
         Err(cause) if sql_state(cause.as_ref()) == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
-            savepoint.rollback()?;
+            tx.batch_execute(UNDO)?;
             Ok(None)
         }
         Err(cause) => Err(cause),

@@ -187,11 +187,7 @@ fn an_advance_that_looks_and_writes_without_holding_on_is_found() {
             }
             let found = this.memory.get(projection)?;
             if found != from {
-                return Err(Error::Conflict {
-                    projection: projection.to_owned(),
-                    expected: from,
-                    found,
-                });
+                return Err(Error::conflict(projection, from, found));
             }
             this.memory.save(projection, to)
         },
@@ -267,11 +263,7 @@ fn invalid_offsets_that_are_taken_are_found() {
     let store = Broken {
         advance: |this, projection, from, to| {
             if to < from {
-                return Err(Error::Conflict {
-                    projection: projection.to_owned(),
-                    expected: from,
-                    found: this.memory.get(projection)?,
-                });
+                return Err(Error::conflict(projection, from, this.memory.get(projection)?));
             }
             this.memory.advance(projection, from, to)
         },
@@ -448,7 +440,7 @@ fn advance_in_turn(this: &Broken, name: &str, from: i64, to: i64) -> Result<()> 
     let _turn = this.turn();
     let found = this.memory.get(name)?;
     if found != from {
-        return Err(Error::Conflict { projection: name.to_owned(), expected: from, found });
+        return Err(Error::conflict(name, from, found));
     }
     over_the_network();
     this.memory.save(name, to)

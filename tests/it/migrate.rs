@@ -155,7 +155,7 @@ fn a_table_of_another_shape_is_refused_and_left_alone() {
         );
         client.batch_execute(&sql).unwrap();
         match store(&database, "public").migrate() {
-            Err(Error::IncompatibleTable { table, reason }) => {
+            Err(Error::IncompatibleTable { table, reason, .. }) => {
                 assert_eq!(table, "\"public\".\"projection_checkpoints\"");
                 assert!(reason.contains(reason_given), "{reason}");
             }

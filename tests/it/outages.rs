@@ -453,7 +453,7 @@ fn a_time_out_of_the_stores_own_statement_is_transient_and_one_of_the_callers_is
     let own = client.batch_execute("SELECT pg_sleep(60)").map_err(Error::from).unwrap_err();
     assert_eq!(sql_state(&own).as_deref(), Some("57014"));
     assert!(!own.is_transient(), "{own:?}");
-    assert_eq!(own.to_string(), "statement failed: the caller's own");
+    assert_eq!(own.to_string(), "a statement of the caller failed");
 }
 
 #[test]
@@ -492,6 +492,8 @@ fn a_proxy_that_was_mute_for_a_while_is_found_again_and_few_are_left_waiting_for
     let store = PostgresCheckpointStore::connect(&params).unwrap();
     store.migrate().unwrap();
     store.save("orders", 1).unwrap();
+    // What is not there could have been deleted by others when a save is repeated.
+    (0..6).for_each(|worker| store.save(&format!("worker {worker}"), 0).unwrap());
     let mut longest = Duration::ZERO;
     for round in 1..=2 {
         gate.fall_silent();
@@ -534,6 +536,7 @@ fn a_peer_that_answers_a_knock_and_no_login_is_asked_ever_more_rarely() {
     let params = format!("{} connect_timeout=1", gate.params());
     let store = PostgresCheckpointStore::connect(&params).unwrap();
     store.migrate().unwrap();
+    store.save("orders", 0).unwrap();
     gate.answer_knocks_only();
     end_sessions(&mut server.client());
     let accepted = gate.accepted();
@@ -623,7 +626,7 @@ fn a_size_that_no_server_has_is_refused() {
         assert!(matches!(error, Error::Backend { operation: "connect", .. }), "{error:?}");
         assert!(chain(&error).contains("max_connections"), "{}", chain(&error));
     }
-    assert_eq!(of(262_143).unwrap().pool_state().connections, 0);
+    assert_eq!(of(262_143).unwrap().pool_state().connections, 1);
 }
 
 #[test]

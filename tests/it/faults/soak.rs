@@ -74,7 +74,8 @@ fn resident_kilobytes() -> usize {
 #[derive(Default)]
 struct Tally {
     lost: usize,
-    advance_errors: usize,
+    /// Writes whose outcome was unknown to the caller.
+    unknown: usize,
     longest_wait: Duration,
 }
 
@@ -87,7 +88,7 @@ fn round(store: &PostgresCheckpointStore, operations: usize, done: &AtomicUsize)
             Tally::default(),
             |sum, one| Tally {
                 lost: sum.lost + one.lost,
-                advance_errors: sum.advance_errors + one.advance_errors,
+                unknown: sum.unknown + one.unknown,
                 longest_wait: sum.longest_wait.max(one.longest_wait),
             },
         )
@@ -113,19 +114,29 @@ fn caller(
             }
             1 => {
                 offset += 1;
-                store.save_many(&[(&one, offset), (&two, offset)]).unwrap();
+                match store.save_many(&[(&one, offset), (&two, offset)]) {
+                    Ok(()) => {}
+                    // It was deleted below, and what is not there does not tell by whom.
+                    Err(Error::Unavailable { .. }) => {
+                        tally.unknown += 1;
+                        let found = store.get(&one).unwrap();
+                        tally.lost += usize::from(found < offset - 1);
+                        offset = found;
+                    }
+                    Err(other) => panic!("{other:?}"),
+                }
             }
             2 => match store.advance(&one, offset, offset + 1) {
                 Ok(()) => offset += 1,
                 Err(Error::Unavailable { .. }) => {
-                    tally.advance_errors += 1;
+                    tally.unknown += 1;
                     in_doubt = Some(offset + 1);
                     let found = store.get(&one).unwrap();
                     tally.lost += usize::from(found < offset);
                     offset = found;
                 }
                 Err(Error::Conflict { found, .. }) if in_doubt == Some(found) => {
-                    tally.advance_errors += 1;
+                    tally.unknown += 1;
                     offset = found;
                 }
                 Err(other) => panic!("{other:?}"),
@@ -208,16 +219,16 @@ fn soak(params: &str, operations: usize) {
          {threads_after}, memory {memory_warm} -> {memory_after} kB, {connections_after} connections"
     );
     let row = Row {
-        fault: "soak: 16 threads on 8 connections, backends ended (errors: of `advance` only)",
+        fault: "soak: 16 threads on 8 connections, backends ended (errors: outcome unknown)",
         times: kills,
         lost: tally.lost,
         twice: 0,
-        errors: tally.advance_errors,
+        errors: tally.unknown,
         longest_wait: tally.longest_wait,
     };
     row.print();
     assert_eq!(row.lost, 0);
-    assert_eq!(threads_after, threads_warm);
+    assert!(threads_after <= threads_warm, "{threads_warm} -> {threads_after}");
     assert!(memory_after < memory_warm + 16 * 1024, "{memory_warm} -> {memory_after} kB");
 
     drop(store);

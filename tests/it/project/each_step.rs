@@ -37,8 +37,7 @@ enum Strike {
 const BEGIN: usize = 0;
 const LOCK: usize = 1;
 const APPLY: usize = 2;
-const SAVE: usize = 3;
-const COMMIT: usize = 4;
+const SAVE_AND_COMMIT: usize = 3;
 
 /// One projection, one worker, one connection.
 struct Worker {
@@ -142,7 +141,7 @@ impl Worker {
         let mut holder = server().client();
         holder.execute("SELECT pg_advisory_lock(hashtext($1))", &[&name]).unwrap();
         if matches!(strike, Strike::ConnectionInCommit) {
-            self.proxy.cut_at_step(COMMIT, Cut::AfterTheRequest);
+            self.proxy.cut_at_step(SAVE_AND_COMMIT, Cut::AfterTheRequest);
         }
         let mut observer = server().client();
         thread::scope(|scope| {
@@ -255,22 +254,8 @@ fn a_connection_that_is_lost_when_the_batch_is_applied_is_no_error() {
             (Strike::AfterApplying, 2),
             (Strike::At(APPLY, Cut::BeforeTheAnswer), 2),
             (Strike::At(APPLY, Cut::AfterTheAnswer), 2),
-            (Strike::At(SAVE, Cut::BeforeTheRequest), 2),
-            (Strike::At(SAVE, Cut::BackendEnded), 2),
-        ],
-    );
-}
-
-#[test]
-fn a_connection_that_is_lost_when_the_offset_is_saved_is_no_error() {
-    strike_each(
-        "`project`: lost when saved",
-        Worker::of_each_kind(),
-        &[
-            (Strike::At(SAVE, Cut::AfterTheRequest), 2),
-            (Strike::At(SAVE, Cut::BeforeTheAnswer), 2),
-            (Strike::At(SAVE, Cut::AfterTheAnswer), 2),
-            (Strike::At(COMMIT, Cut::BackendEnded), 2),
+            (Strike::At(SAVE_AND_COMMIT, Cut::BeforeTheRequest), 2),
+            (Strike::At(SAVE_AND_COMMIT, Cut::BackendEnded), 2),
         ],
     );
 }
@@ -291,7 +276,7 @@ fn a_commit_that_does_not_reach_the_server_is_no_error() {
     strike_each(
         "`project`: COMMIT lost on its way",
         Worker::of_each_kind(),
-        &[(Strike::At(COMMIT, Cut::BeforeTheRequest), 2)],
+        &[(Strike::At(SAVE_AND_COMMIT, Cut::BeforeTheRequest), 2)],
     );
 }
 
@@ -301,8 +286,8 @@ fn a_commit_whose_answer_is_lost_is_found_out_and_not_applied_again() {
         "`project`: the answer to COMMIT lost",
         Worker::of_each_kind(),
         &[
-            (Strike::At(COMMIT, Cut::BeforeTheAnswer), 1),
-            (Strike::At(COMMIT, Cut::AfterTheRequest), 1),
+            (Strike::At(SAVE_AND_COMMIT, Cut::BeforeTheAnswer), 1),
+            (Strike::At(SAVE_AND_COMMIT, Cut::AfterTheRequest), 1),
         ],
     );
 }
@@ -312,14 +297,14 @@ fn a_connection_that_is_lost_after_the_commit_is_nothing_to_the_next_call() {
     strike_each(
         "`project`: lost when committed",
         Worker::of_each_kind(),
-        &[(Strike::At(COMMIT, Cut::AfterTheAnswer), 1), (Strike::AfterTheCall, 1)],
+        &[(Strike::At(SAVE_AND_COMMIT, Cut::AfterTheAnswer), 1), (Strike::AfterTheCall, 1)],
     );
 }
 
-/// A fresh connection prepares first the one and then the other, so there are two requests more.
+/// A fresh connection prepares the lock, so there is one request more.
 #[test]
 fn a_connection_that_is_lost_while_it_prepares_is_no_error() {
-    const REQUESTS: usize = 7;
+    const REQUESTS: usize = 5;
     const TIMES_EACH: usize = 2;
     let cuts =
         [Cut::BeforeTheRequest, Cut::AfterTheRequest, Cut::BeforeTheAnswer, Cut::BackendEnded];
@@ -361,7 +346,7 @@ fn a_pool_of_the_callers_own_survives_the_same() {
     let mut longest_wait = Duration::ZERO;
     let mut offset = 0;
     for _ in 0..2 {
-        for request in [BEGIN, LOCK, APPLY, SAVE, COMMIT] {
+        for request in [BEGIN, LOCK, APPLY, SAVE_AND_COMMIT] {
             for cut in cuts {
                 proxy.cut_at_step(request, cut);
                 let started = Instant::now();
@@ -376,7 +361,7 @@ fn a_pool_of_the_callers_own_survives_the_same() {
     let row = admin.query_one("SELECT count(*), max(event) FROM applied", &[]).unwrap();
     assert_eq!((row.get(0), row.get(1), store.get("orders").unwrap()), (offset, offset, offset));
     let fault = "`project` on a pool of the caller's own: lost at each step";
-    Row::asserted(fault, 50, 0, longest_wait).print();
+    Row::asserted(fault, 40, 0, longest_wait).print();
 }
 
 /// A rival gets the projection between the two tries, and does the very same batch.
@@ -384,7 +369,7 @@ fn a_pool_of_the_callers_own_survives_the_same() {
 fn a_batch_that_a_rival_has_done_after_the_commit_was_lost_is_not_done_again() {
     let mut worker = Worker::of_each_kind().swap_remove(0);
     worker.project(None);
-    worker.proxy.cut_at_step(COMMIT, Cut::BeforeTheRequest);
+    worker.proxy.cut_at_step(SAVE_AND_COMMIT, Cut::BeforeTheRequest);
     let runs = AtomicUsize::new(0);
     let next = batch_after(worker.offset);
     let rival = worker.stage.store();

@@ -3,10 +3,11 @@
 
 use std::time::Duration;
 
+use checkpoint_store::postgres::error::SqlState;
 use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore};
 
 use super::stage::{Stage, apply, batch_after, process_id};
-use crate::harness::{Options, Server, end_backend, server, sql_state};
+use crate::harness::{self, Options, Server, end_backend, server, sql_state, wait_until};
 
 #[test]
 fn a_serialization_failure_in_the_closure_is_tried_again() {
@@ -96,16 +97,37 @@ fn a_closure_that_is_undone_each_time_is_given_up_when_the_time_is_over() {
     stage.serves_the_next_caller(&store);
 }
 
-/// As a demoted server does it to a transaction that is under way.
+/// As a demoted server does it to a transaction in progress, and to those that begin after it.
 #[test]
 fn a_closure_that_comes_upon_a_read_only_server_is_tried_again() {
-    let stage = Stage::new();
-    let store = stage.store();
+    let server = Server::start(Options::fast());
+    let become_read_only = {
+        let params = server.params();
+        move |setting: &str| {
+            let mut admin = harness::client(&params);
+            let sql = format!("ALTER SYSTEM SET default_transaction_read_only = {setting}");
+            admin.batch_execute(&sql).unwrap();
+            admin.batch_execute("SELECT pg_reload_conf()").unwrap();
+            wait_until("new transactions know it", || {
+                let mut client = harness::client(&params);
+                let row = client.query_one("SHOW default_transaction_read_only", &[]).unwrap();
+                row.get::<_, &str>(0) == setting
+            });
+        }
+    };
+    let turn_back = become_read_only.clone();
+    let store = PostgresCheckpointStore::builder()
+        .on_retry(move |_| turn_back("off"))
+        .connect(&server.params())
+        .unwrap();
+    store.migrate().unwrap();
+    server.client().batch_execute("CREATE TABLE applied (event bigint)").unwrap();
     let (mut runs, mut pids) = (0, Vec::new());
     let committed = store.project("orders", |tx, offset| {
         runs += 1;
         pids.push(process_id(tx));
         if runs == 1 {
+            become_read_only("on");
             tx.batch_execute("SET TRANSACTION READ ONLY")?;
         }
         apply(tx, offset)
@@ -113,7 +135,26 @@ fn a_closure_that_comes_upon_a_read_only_server_is_tried_again() {
     assert_eq!(committed.unwrap(), Some(1));
     assert_eq!(runs, 2);
     assert_ne!(pids[0], pids[1], "not on the connection that has led there");
-    assert_eq!(stage.truth(), (Some(1), vec![1]));
+    assert_eq!(store.get("orders").unwrap(), 1);
+}
+
+#[test]
+fn a_closure_that_makes_its_own_transaction_read_only_fails_at_once() {
+    let stage = Stage::new();
+    let store = stage.store();
+    let mut runs = 0;
+    let error = store
+        .project("orders", |tx, offset| {
+            runs += 1;
+            tx.batch_execute("SET TRANSACTION READ ONLY")?;
+            apply(tx, offset)
+        })
+        .unwrap_err();
+    assert_eq!(runs, 1);
+    assert!(!error.is_transient(), "{error:?}");
+    assert_eq!(error.sql_state(), Some(&SqlState::READ_ONLY_SQL_TRANSACTION));
+    assert_eq!(stage.truth(), (None, vec![]));
+    stage.serves_the_next_caller(&store);
 }
 
 /// Two losses are the server's; the third may be the closure's doing.

@@ -1,4 +1,4 @@
-//! What an error of PostgreSQL means: for the connection, for another try, for the caller.
+//! What an error of PostgreSQL means: for the connection, for another attempt, for the caller.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -12,72 +12,84 @@ use crate::Error;
 pub(crate) type Cause = Box<dyn StdError + Send + Sync>;
 pub(crate) type Outcome<T> = Result<T, Cause>;
 
-/// What a failed statement has done, and what it leaves behind.
+/// What a failed statement has done, and what it says about its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Aftermath {
-    /// The connection is gone, and with it the knowledge of what the server did last.
-    Lost,
-    /// Nothing, and it never will on this connection: a failed transaction was left open.
-    Unfit,
-    /// Nothing, and it never will on this connection: the server has become read-only.
+pub(crate) enum ErrorClass {
+    /// The connection is gone, and whether the statement was executed is unknown.
+    ConnectionLost,
+    /// The connection is gone: the server had ended the idle session before it read the statement.
+    IdleSessionEnded,
+    /// Nothing was executed: a failed transaction was left open on this connection.
+    AbortedTransaction,
+    /// Nothing was executed: this connection leads to a server that is read-only.
     ReadOnly,
-    /// Nothing: the server has rolled it back because of others at the same time.
+    /// Nothing has happened: the server rolled it back because of concurrent transactions.
     RolledBack,
-    /// Nothing: it was refused.
-    Refused,
+    /// Nothing has happened, and another attempt would end the same way.
+    Permanent,
 }
 
-impl Aftermath {
+impl ErrorClass {
     pub(crate) fn of(cause: &(dyn StdError + 'static)) -> Self {
-        let Some(error) = cause.downcast_ref::<postgres::Error>() else { return Self::Refused };
-        if is_connection_loss(error) {
-            return Self::Lost;
+        if cause.is::<Rivals>() {
+            return Self::RolledBack;
         }
-        match error.code() {
-            Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => Self::Unfit,
+        let Some(error) = cause.downcast_ref::<postgres::Error>() else { return Self::Permanent };
+        let code = error.code();
+        if code == Some(&SqlState::IDLE_SESSION_TIMEOUT) && is_connection_loss(error) {
+            return Self::IdleSessionEnded;
+        }
+        if is_connection_loss(error) || is_without_an_answer(error) {
+            return Self::ConnectionLost;
+        }
+        match code {
+            Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => Self::AbortedTransaction,
             Some(&SqlState::READ_ONLY_SQL_TRANSACTION) => Self::ReadOnly,
             Some(&SqlState::T_R_SERIALIZATION_FAILURE | &SqlState::T_R_DEADLOCK_DETECTED) => {
                 Self::RolledBack
             }
-            _ => Self::Refused,
+            _ => Self::Permanent,
         }
-    }
-
-    /// Whether another try would end the same way.
-    pub(crate) fn is_final(self) -> bool {
-        self == Self::Refused
-    }
-
-    /// Whether another connection may be a better one.
-    pub(crate) fn is_of_the_connection(self) -> bool {
-        matches!(self, Self::Unfit | Self::ReadOnly)
     }
 }
 
-/// Whose statement has failed. The store's own only ever wait for a row, and only ever write where
-/// the caller may.
+/// Whose statement has failed. Only a statement that may wait for a row lock can succeed later after
+/// it was cancelled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Statement {
-    OfTheStore,
+    Read,
+    Write,
     OfTheCaller,
 }
 
-/// Turns what a statement of the store ran into into the error that the caller sees.
+impl Statement {
+    fn of_operation(operation: &str) -> Self {
+        if ["find", "get", "all", "wait_for"].contains(&operation) {
+            Self::Read
+        } else {
+            Self::Write
+        }
+    }
+}
+
+/// The error of a statement of the store's own.
 pub(crate) fn failure(
     operation: &'static str,
     subject: impl fmt::Display,
     source: impl Into<Cause>,
 ) -> Error {
     let source = source.into();
+    let is_unknown = source.is::<OutcomeUnknown>();
     let error = source.downcast_ref::<postgres::Error>();
-    if error.is_some_and(is_connection_loss) {
+    if is_unknown || error.is_some_and(|it| is_connection_loss(it) || is_without_an_answer(it)) {
         let subject = Some(subject.to_string());
         return Error::Unavailable { operation, subject, source, transient: true };
     }
-    let transient = error.is_some_and(|error| is_passing(error, Statement::OfTheStore));
+    let statement = Statement::of_operation(operation);
+    let transient = source.is::<Rivals>() || error.is_some_and(|it| is_passing(it, statement));
     let subject = Some(match error.and_then(postgres::Error::code) {
         Some(&SqlState::UNDEFINED_TABLE) => {
-            format!("{subject}, which is not there: `migrate` makes it")
+            format!("{subject}, which does not exist: call `migrate` to create it")
         }
         _ => subject.to_string(),
     });
@@ -95,19 +107,46 @@ pub(crate) fn no_connection(
     Error::Unavailable { operation, subject: Some(subject.to_string()), source, transient }
 }
 
+/// The connection was lost while a write was sent, and the row does not tell whether it was executed.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the connection was lost during the write, and another client has written or deleted the \
+     checkpoint since, so it is unknown whether the write was executed"
+)]
+pub(crate) struct OutcomeUnknown;
+
+/// Concurrent transactions have created or deleted the row while a statement looked for it.
+#[derive(Debug, thiserror::Error)]
+#[error("other clients have created or deleted the checkpoint in the meantime")]
+pub(crate) struct Rivals;
+
+/// The name of the operation in the error of a statement that is the caller's own.
+pub(crate) const CALLERS_STATEMENT: &str = "statement";
+/// The name of the operation in the error of a pool that is the caller's own.
+pub(crate) const CALLERS_POOL: &str = "pool";
+
 /// What the caller's own statements run into, so that `?` carries it out of a function that returns
 /// this crate's [`Result`](crate::Result), and [`Error::is_transient`] judges it.
 impl From<postgres::Error> for Error {
     fn from(source: postgres::Error) -> Self {
         let lost = is_connection_loss(&source);
         let transient = lost || is_passing(&source, Statement::OfTheCaller);
-        let (operation, subject) = ("statement", Some("the caller's own".to_owned()));
+        let (operation, subject) = (CALLERS_STATEMENT, None);
         let source = source.into();
         if lost {
             Self::Unavailable { operation, subject, source, transient }
         } else {
             Self::Backend { operation, subject, source, transient }
         }
+    }
+}
+
+/// A pool of the caller's that gave no connection: [`Unavailable`](Error::Unavailable) and transient,
+/// because `r2d2` does not say why.
+impl From<r2d2::Error> for Error {
+    fn from(source: r2d2::Error) -> Self {
+        let (operation, subject) = (CALLERS_POOL, None);
+        Self::Unavailable { operation, subject, source: source.into(), transient: true }
     }
 }
 
@@ -129,6 +168,19 @@ pub(crate) fn postgres_error<'a>(
         .find_map(|cause| cause.downcast_ref::<postgres::Error>())
 }
 
+/// Whether the error holds a message of the server's: `postgres` often reports no more than "connection
+/// closed" for a connection whose end the server has explained.
+pub(crate) fn is_explained(error: &Error) -> bool {
+    let r2d2 = error.source().and_then(|cause| cause.downcast_ref::<r2d2::Error>());
+    r2d2.is_some_and(names_its_cause)
+        || postgres_error(error).is_some_and(|error| error.as_db_error().is_some())
+}
+
+/// r2d2 appends the cause to the first error after a failed attempt to connect, and to no other.
+pub(crate) fn names_its_cause(error: &r2d2::Error) -> bool {
+    error.to_string().contains(": ")
+}
+
 /// Whether the connection is gone: after FATAL and PANIC whatever their code, and after nothing else
 /// that a server says. A function may raise any code on a connection that lives on.
 fn is_connection_loss(error: &postgres::Error) -> bool {
@@ -142,13 +194,18 @@ fn is_connection_loss(error: &postgres::Error) -> bool {
     }
 }
 
+/// An answer that did not come in time, or that is not the one to the request. It is asked only of the
+/// store's own statements: the same form has an error in how a caller reads a row.
+fn is_without_an_answer(error: &postgres::Error) -> bool {
+    error.as_db_error().is_none() && error.source().is_none()
+}
+
 /// Whether a statement that failed on a living connection may succeed later as it is.
 fn is_passing(error: &postgres::Error, statement: Statement) -> bool {
-    let of_the_store = statement == Statement::OfTheStore;
     error.code().is_some_and(|code| {
         is_shortage_or_rivalry(code)
-            || of_the_store
-                && [SqlState::QUERY_CANCELED, SqlState::READ_ONLY_SQL_TRANSACTION].contains(code)
+            || statement == Statement::Write && *code == SqlState::QUERY_CANCELED
+            || statement != Statement::OfTheCaller && *code == SqlState::READ_ONLY_SQL_TRANSACTION
     })
 }
 
@@ -185,7 +242,9 @@ pub(crate) fn is_refusal(cause: &(dyn StdError + 'static)) -> bool {
                 || class(OPERATOR_INTERVENTION)
                 || class(INTERNAL_ERROR))
         }
-        None => !is_connection_loss(error) || is_refused_by_tls(error),
+        None => {
+            !(is_connection_loss(error) || is_without_an_answer(error)) || is_refused_by_tls(error)
+        }
     }
 }
 

@@ -1,1 +1,0 @@
-SELECT pg_catalog.row_security_active($1);

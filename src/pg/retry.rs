@@ -1,0 +1,272 @@
+//! When a failed attempt is followed by another one, when the call gives up, and what an observer learns.
+
+use std::fmt;
+use std::hash::{BuildHasher, RandomState};
+use std::time::{Duration, Instant};
+
+use super::errors::is_explained;
+use crate::Error;
+
+/// A call that is about to be attempted again; see
+/// [`on_retry`](super::PostgresCheckpointStoreBuilder::on_retry).
+///
+/// # Examples
+///
+/// ```
+/// use checkpoint_store::Retry;
+///
+/// fn log(retry: &Retry<'_>) {
+///     eprintln!("retry {} after {:.1?}: {}", retry.attempt, retry.elapsed, retry.error.report());
+/// }
+/// ```
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Retry<'a> {
+    /// Why another attempt is necessary. It names the operation and its subject.
+    pub error: &'a Error,
+    /// The number of the attempt that follows: 1 for the first retry of the call.
+    pub attempt: u32,
+    /// The time since the first failure of the call.
+    pub elapsed: Duration,
+}
+
+pub(crate) type Observer = dyn Fn(&Retry<'_>) + Send + Sync;
+
+/// The moment at which something that may take so long from now has to be over.
+pub(crate) fn deadline_after(time: Duration) -> Instant {
+    /// For an `Instant` that cannot be so far away.
+    const LONGEST: Duration = Duration::from_secs(100 * 365 * 86_400);
+    Instant::now() + time.min(LONGEST)
+}
+
+/// What a failed attempt asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Another attempt would end the same way, or must not be made.
+    Fail,
+    /// Another attempt on another connection.
+    Reconnect,
+    /// Another attempt once concurrent transactions are out of the way.
+    Repeat,
+}
+
+/// The attempts of one call.
+pub(crate) struct Retries<'a> {
+    observer: Option<&'a Observer>,
+    deadline: Instant,
+    attempt: u32,
+    first_failure: Option<Instant>,
+    reconnect: Backoff,
+    repeat: Backoff,
+    /// The last error that came with an explanation of the server's.
+    explained: Option<Error>,
+    /// The error of a COMMIT whose outcome is unknown.
+    in_doubt: Option<Error>,
+}
+
+impl<'a> Retries<'a> {
+    pub(crate) fn until(deadline: Instant, observer: Option<&'a Observer>) -> Self {
+        Self {
+            observer,
+            deadline,
+            attempt: 0,
+            first_failure: None,
+            reconnect: Backoff::RECONNECT,
+            repeat: Backoff::REPEAT,
+            explained: None,
+            in_doubt: None,
+        }
+    }
+
+    pub(crate) fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    pub(crate) fn left(&self) -> Duration {
+        self.deadline.saturating_duration_since(Instant::now())
+    }
+
+    pub(crate) fn has_failed(&self) -> bool {
+        self.first_failure.is_some()
+    }
+
+    /// Moves the deadline: for a call whose time begins with its first failure.
+    pub(crate) fn extend(&mut self, deadline: Instant) {
+        self.deadline = deadline;
+    }
+
+    /// The pause before the next attempt, or the error that ends the call.
+    pub(crate) fn after(&mut self, error: Error, next: Next) -> Result<Duration, Error> {
+        let pause = match next {
+            Next::Fail => return Err(self.last(error)),
+            Next::Reconnect => self.reconnect.next(),
+            Next::Repeat => self.repeat.next(),
+        };
+        let left = self.left();
+        if left.is_zero() {
+            return Err(self.last(error));
+        }
+        self.observe(error);
+        Ok(pause.min(left))
+    }
+
+    /// The same after an attempt for which there was no connection, so that nothing was sent.
+    pub(crate) fn after_no_connection(
+        &mut self,
+        error: Error,
+        next: Next,
+    ) -> Result<Duration, Error> {
+        let (pause, left) = (self.reconnect.next().max(self.reconnect.first), self.left());
+        if next == Next::Fail || left.is_zero() {
+            return Err(self.last_without_a_connection(error));
+        }
+        self.observe(error);
+        Ok(pause.min(left))
+    }
+
+    /// The same after a COMMIT that was not answered. Until its outcome is known the call ends with this
+    /// error, whatever follows.
+    pub(crate) fn after_a_doubt(&mut self, error: Error) -> Result<Duration, Error> {
+        let (pause, left) = (self.reconnect.next(), self.left());
+        if left.is_zero() {
+            return Err(error);
+        }
+        self.tell(&error);
+        self.in_doubt = Some(error);
+        Ok(pause.min(left))
+    }
+
+    pub(crate) fn end_of_doubt(&mut self) {
+        self.in_doubt = None;
+    }
+
+    /// The error of a call that ends because there is no connection. What the server has said before, or why
+    /// a connection was discarded, says more.
+    pub(crate) fn last_without_a_connection(&mut self, error: Error) -> Error {
+        if let Some(in_doubt) = self.in_doubt.take() {
+            return in_doubt;
+        }
+        match self.explained.take() {
+            Some(earlier) if !is_explained(&error) => earlier,
+            _ => error,
+        }
+    }
+
+    /// The error of a call that ends with this one. It says whether something was written, so that no
+    /// error of another kind can take its place.
+    fn last(&mut self, error: Error) -> Error {
+        if let Some(in_doubt) = self.in_doubt.take() {
+            return in_doubt;
+        }
+        match self.explained.take() {
+            Some(earlier @ Error::Unavailable { .. })
+                if matches!(error, Error::Unavailable { .. }) && !is_explained(&error) =>
+            {
+                earlier
+            }
+            _ => error,
+        }
+    }
+
+    /// Tells the observer that another attempt follows.
+    pub(crate) fn observe(&mut self, error: Error) {
+        self.tell(&error);
+        if is_explained(&error) {
+            self.explained = Some(error);
+        }
+    }
+
+    fn tell(&mut self, error: &Error) {
+        let now = Instant::now();
+        let first_failure = *self.first_failure.get_or_insert(now);
+        self.attempt = self.attempt.saturating_add(1);
+        if let Some(observer) = self.observer {
+            let elapsed = now.saturating_duration_since(first_failure);
+            observer(&Retry { error, attempt: self.attempt, elapsed });
+        }
+    }
+}
+
+/// Pauses that double up to the longest one. Each is shortened by up to a half at random, so that clients
+/// that have failed together do not come back together.
+struct Backoff {
+    next: Duration,
+    first: Duration,
+    longest: Duration,
+}
+
+impl Backoff {
+    /// At first without a pause: one connection of the pool was broken, and the next may not be.
+    const RECONNECT: Self = Self {
+        next: Duration::ZERO,
+        first: Duration::from_millis(50),
+        longest: Duration::from_secs(1),
+    };
+    const REPEAT: Self = Self {
+        next: Duration::from_millis(5),
+        first: Duration::from_millis(5),
+        longest: Duration::from_millis(200),
+    };
+
+    fn next(&mut self) -> Duration {
+        let pause = self.next;
+        self.next = (pause * 2).clamp(self.first, self.longest);
+        let random = RandomState::new().hash_one(0) >> 33; // 31 bits
+        pause.mul_f64(1.0 - 0.5 * (random as f64 / f64::from(1_u32 << 31)))
+    }
+}
+
+impl fmt::Debug for Retries<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Retries").field("attempt", &self.attempt).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[test]
+    fn pauses_grow_up_to_the_longest_and_differ_between_callers() {
+        let pauses = |mut backoff: Backoff| (0..20).map(|_| backoff.next()).collect::<Vec<_>>();
+        for _ in 0..100 {
+            let reconnect = pauses(Backoff::RECONNECT);
+            assert_eq!(reconnect[0], Duration::ZERO);
+            for (i, pause) in reconnect[1..].iter().enumerate() {
+                let whole = Duration::from_millis((50 << i.min(10)).min(1_000));
+                assert!(*pause <= whole && *pause >= whole / 2, "{i}: {pause:?}");
+            }
+            assert!(pauses(Backoff::REPEAT).iter().all(|it| *it <= Duration::from_millis(200)));
+        }
+        assert_ne!(pauses(Backoff::RECONNECT), pauses(Backoff::RECONNECT));
+    }
+
+    #[test]
+    fn the_observer_is_told_before_each_retry_and_not_of_the_error_that_ends_the_call() {
+        static TOLD: Mutex<Vec<(u32, String)>> = Mutex::new(Vec::new());
+        let observer = |retry: &Retry<'_>| {
+            TOLD.lock().expect("no panic").push((retry.attempt, retry.error.to_string()));
+        };
+        let mut retries = Retries::until(deadline_after(Duration::from_secs(60)), Some(&observer));
+        let error = |operation| Error::unavailable(operation, "closed");
+        assert!(retries.after(error("one"), Next::Reconnect).is_ok());
+        assert!(retries.after(error("two"), Next::Repeat).is_ok());
+        assert!(retries.after(error("three"), Next::Fail).is_err());
+        let expected = [(1, error("one").to_string()), (2, error("two").to_string())];
+        assert_eq!(*TOLD.lock().expect("no panic"), expected);
+    }
+
+    #[test]
+    fn no_pause_goes_beyond_the_deadline() {
+        let error = || Error::unavailable("save", "closed");
+        let mut retries = Retries::until(deadline_after(Duration::ZERO), None);
+        assert!(retries.after(error(), Next::Repeat).is_err());
+        let mut retries = Retries::until(deadline_after(Duration::from_millis(300)), None);
+        while let Ok(pause) = retries.after_no_connection(error(), Next::Reconnect) {
+            assert!(pause <= Duration::from_millis(300));
+            std::thread::sleep(pause);
+        }
+    }
+}
