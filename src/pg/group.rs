@@ -1,14 +1,18 @@
 //! Group commit: calls that wait at the same time share one statement and one flush of the log.
 
-use std::collections::HashSet;
+use std::cell::Cell;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem;
 use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
-use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::sync::{Condvar, Mutex, MutexGuard, thread_local};
 use crate::{Error, Result};
 
-/// So many calls at once go alone: to share would make them wait for each other, and save nothing.
-const GO_ALONE: usize = if cfg!(test) { 1 } else { 8 };
+/// Up to this many calls at once send their own statements. In a group they would wait for each
+/// other and gain nothing.
+const MAX_ALONE: usize = 8;
 
 /// What one call asks for: to set the offset, or to move it from where it is expected.
 #[derive(Debug)]
@@ -18,228 +22,396 @@ pub(crate) struct Write {
     pub(crate) to: i64,
 }
 
-/// Whose writes a shared statement has stored; all others have not happened.
+/// The projections whose writes the statement of a group has stored. The other writes have not
+/// happened.
 pub(crate) type Stored = HashSet<String>;
 
-/// What became of one write in a shared statement.
+/// Why the statement of a group has stored nothing, as far as the client knows.
 #[derive(Debug)]
-enum Share {
-    Stored,
-    NotStored,
-    /// The connection was lost.
-    Unknown(Arc<Error>),
+pub(crate) enum GroupError {
+    /// There was no connection.
+    NotSent(Error),
+    /// The connection was lost: the outcome is unknown.
+    Lost(Error),
+    /// The server executed nothing. Each call gets the error of its own statement.
+    Refused,
 }
 
-/// The calls of one store: who writes, and who waits.
+/// Whether the write of a call has been executed by its group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Executed {
+    No,
+    Unknown,
+}
+
+/// Why a call has no answer.
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum Unanswered {
+    #[error("timed out before its group began; nothing was sent")]
+    Waiting,
+    #[error("timed out while its group was under way; the outcome is unknown")]
+    UnderWay,
+    #[error("in a group of calls")]
+    Failed(#[source] Arc<Error>),
+    #[error("the thread that sent the statement of its group panicked")]
+    Panicked,
+}
+
+/// The calls of one store.
 ///
-/// There is no thread and no timer in it. What has come while a group was under way is the next
-/// group, and the first of it writes for all.
+/// A call sends its own statement or is part of a group. The calls that come while a group is under
+/// way are the next group; the thread of the first one, the leader, sends the statement for all, and
+/// the followers wait for the outcome. It has no thread and no timer of its own.
 #[derive(Debug)]
 pub(crate) struct Group {
     queue: Mutex<Queue>,
 }
 
-#[derive(Debug, Default)]
+/// Each projection has one call at a time, so that its calls keep their order.
+#[derive(Debug)]
 struct Queue {
+    max_alone: usize,
     /// How many calls have begun and not returned.
     calls: usize,
     /// Whether a group is under way.
     is_writing: bool,
-    /// What is being written. The next call on one of these waits, so that they keep their order.
-    projections: HashSet<String>,
-    waiting: Vec<Arc<Call>>,
+    /// The projections that have a call which is ready or runs, with the calls that wait for its
+    /// end.
+    projections: HashMap<String, VecDeque<Arc<Request>>>,
+    /// The calls that wait for nothing but the group that is under way.
+    ready: Vec<Arc<Request>>,
 }
 
+/// A call in the queue. Other threads change its state only while they hold the lock of the queue.
 #[derive(Debug)]
-struct Call {
+struct Request {
     write: Write,
-    turn: Mutex<Turn>,
+    state: Mutex<State>,
     changed: Condvar,
 }
 
 #[derive(Debug)]
-enum Turn {
-    Waits,
-    /// It writes for all of these, of which it is the first.
-    Leads(Vec<Arc<Call>>),
-    Has(Share),
+enum State {
+    Waiting,
+    /// It sends its own statement.
+    Alone,
+    /// It sends the statement for all of these, of which it is the first.
+    Leader(Vec<Arc<Request>>),
+    /// Its group is under way.
+    Follower,
+    /// It timed out.
+    Abandoned,
+    Done(Outcome),
+}
+
+/// The outcome of a group for one of its calls.
+#[derive(Debug, Clone)]
+enum Outcome {
+    Stored,
+    NotStored,
+    Failed(Executed, Unanswered),
 }
 
 impl Group {
     pub(crate) fn new() -> Self {
-        Self { queue: Mutex::default() }
+        Self::with_max_alone(MAX_ALONE)
     }
 
-    /// Writes alone while few calls are under way, and otherwise together with those that wait. (One
-    /// call is a group too: a plain write would wait for a row that is held, and everybody for it.)
+    fn with_max_alone(max_alone: usize) -> Self {
+        let queue = Queue {
+            max_alone,
+            calls: 0,
+            is_writing: false,
+            projections: HashMap::new(),
+            ready: Vec::new(),
+        };
+        Self { queue: Mutex::new(queue) }
+    }
+
+    /// Sends the write alone while few calls are under way, and otherwise in a group.
     ///
-    /// `together` stores what is free and where it is expected to be. The rest goes alone, and so
-    /// does everybody when `together` is refused, so that each has the answer of its own write. Only
-    /// after a lost connection there is none: a save is repeated, and for an advance `unknown` says
-    /// so.
+    /// `together` sends the statement of a group. It stores the writes whose rows are free and where
+    /// they are expected; a group of one uses it too, because a plain write would wait for a row that
+    /// another transaction holds, and all waiting calls with it. The other writes are sent by `alone`
+    /// afterwards, and so are all of them if the statement was refused, so that each caller gets the
+    /// answer to its own write. After a lost connection a save is repeated by `alone`; an advance
+    /// must not be.
+    ///
+    /// The call waits for others no longer than until `deadline`, which is that of `together` and
+    /// `alone` too. Both are called after it as well, if the turn of this call comes that late, and
+    /// then have no time to wait. If the call has no answer, `unanswered` makes its error. No lock is
+    /// held while they run, and what they call may write through the same store.
     pub(crate) fn write(
         &self,
         write: Write,
-        together: impl FnOnce(&[&Write]) -> Result<Stored>,
-        alone: impl FnOnce() -> Result<()>,
-        unknown: impl FnOnce(Arc<Error>) -> Error,
+        deadline: Instant,
+        together: impl FnOnce(&[&Write]) -> Result<Stored, GroupError>,
+        alone: impl FnOnce(Executed) -> Result<()>,
+        unanswered: impl FnOnce(Unanswered) -> Error,
     ) -> Result<()> {
-        let mut queue = lock(&self.queue);
-        queue.calls += 1;
-        let goes_alone = queue.calls <= GO_ALONE;
-        if goes_alone && queue.projections.insert(write.projection.clone()) {
-            drop(queue);
-            let _leaves = Leaves { group: self, projection: &write.projection };
-            return alone();
-        }
-        let call = Arc::new(Call { write, turn: Mutex::new(Turn::Waits), changed: Condvar::new() });
-        queue.waiting.push(Arc::clone(&call));
-        queue.start_next();
-        drop(queue);
-        let share = match call.wait() {
-            Turn::Leads(calls) => self.lead(&calls, together),
-            Turn::Has(share) => share,
-            Turn::Waits => unreachable!("it waits no longer"),
+        let Some(_call) = CurrentCall::begin(self) else { return alone(Executed::No) };
+        let request = Arc::new(Request::new(write));
+        lock(&self.queue).enter(&request);
+        let state = match self.wait(&request, deadline) {
+            Ok(state) => state,
+            Err(cause) => return Err(unanswered(cause)),
         };
-        if matches!(share, Share::Stored) {
+        if matches!(state, State::Done(Outcome::Stored)) {
             return Ok(()); // it has left the queue with its group
         }
-        let _leaves = Leaves { group: self, projection: &call.write.projection };
-        match share {
-            Share::Unknown(error) if call.write.from.is_some() => Err(unknown(error)),
-            _ => alone(),
+        let _running = Running { group: self, projection: &request.write.projection };
+        let outcome = match state {
+            State::Leader(requests) => self.lead(&requests, together),
+            State::Done(outcome) => outcome,
+            _ => Outcome::NotStored,
+        };
+        match outcome {
+            Outcome::Stored => Ok(()),
+            Outcome::NotStored => alone(Executed::No),
+            Outcome::Failed(executed, cause) => {
+                let repeatable = executed == Executed::No || request.write.from.is_none();
+                if repeatable && Instant::now() < deadline {
+                    alone(executed)
+                } else {
+                    Err(unanswered(cause))
+                }
+            }
         }
+    }
+
+    /// Waits until the call is to send a statement, or has an outcome.
+    fn wait(&self, request: &Arc<Request>, deadline: Instant) -> Result<State, Unanswered> {
+        let mut state = lock(&request.state);
+        while matches!(*state, State::Waiting | State::Follower) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                drop(state);
+                return self.give_up(request);
+            }
+            let woken = request.changed.wait_timeout(state, left);
+            (state, _) = woken.unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(mem::replace(&mut state, State::Alone))
+    }
+
+    /// Takes a call that timed out from the queue, unless it need not wait any longer. If its group
+    /// is under way, its projection is released at the end of that: a later call would be overtaken.
+    fn give_up(&self, request: &Arc<Request>) -> Result<State, Unanswered> {
+        let mut queue = lock(&self.queue);
+        let mut state = lock(&request.state);
+        let cause = match *state {
+            State::Waiting => Unanswered::Waiting,
+            State::Follower => Unanswered::UnderWay,
+            _ => return Ok(mem::replace(&mut state, State::Alone)),
+        };
+        *state = State::Abandoned;
+        drop(state);
+        if matches!(cause, Unanswered::Waiting) {
+            queue.remove(request);
+        }
+        queue.calls -= 1;
+        queue.start();
+        Err(cause)
     }
 
     fn lead(
         &self,
-        calls: &[Arc<Call>],
-        together: impl FnOnce(&[&Write]) -> Result<Stored>,
-    ) -> Share {
-        let mut ending = Ending { group: self, calls, outcome: Outcome::Panicked };
-        let writes: Vec<_> = calls.iter().map(|call| &call.write).collect();
-        ending.outcome = match together(&writes) {
-            Ok(stored) => Outcome::Stored(stored),
-            Err(error @ Error::Unavailable { .. }) => Outcome::Lost(Arc::new(error)),
-            Err(_) => Outcome::Stored(Stored::new()),
+        requests: &[Arc<Request>],
+        together: impl FnOnce(&[&Write]) -> Result<Stored, GroupError>,
+    ) -> Outcome {
+        let mut end = GroupEnd {
+            group: self,
+            followers: &requests[1..],
+            stored: Stored::new(),
+            others: Outcome::Failed(Executed::Unknown, Unanswered::Panicked),
         };
-        ending.outcome.share(&calls[0].write)
+        let writes: Vec<_> = requests.iter().map(|request| &request.write).collect();
+        end.others = match together(&writes) {
+            Ok(stored) => {
+                end.stored = stored;
+                Outcome::NotStored
+            }
+            Err(GroupError::Refused) => Outcome::NotStored,
+            Err(GroupError::NotSent(error)) => {
+                Outcome::Failed(Executed::No, Unanswered::Failed(Arc::new(error)))
+            }
+            Err(GroupError::Lost(error)) => {
+                Outcome::Failed(Executed::Unknown, Unanswered::Failed(Arc::new(error)))
+            }
+        };
+        end.outcome(writes[0])
     }
 }
 
 impl Queue {
-    /// Makes all that wait, each projection once, the next group.
-    fn start_next(&mut self) {
-        if self.is_writing {
-            return;
+    fn enter(&mut self, request: &Arc<Request>) {
+        self.calls += 1;
+        match self.projections.entry(request.write.projection.clone()) {
+            Entry::Occupied(waiting) => waiting.into_mut().push_back(Arc::clone(request)),
+            Entry::Vacant(free) => {
+                free.insert(VecDeque::new());
+                self.ready.push(Arc::clone(request));
+            }
         }
-        let projections = &mut self.projections;
-        let (next, waiting) = mem::take(&mut self.waiting)
-            .into_iter()
-            .partition(|call| projections.insert(call.write.projection.clone()));
-        self.waiting = waiting;
-        let next: Vec<Arc<Call>> = next;
-        if let Some(leader) = next.first().cloned() {
+        self.start();
+    }
+
+    /// Starts the calls that are ready: alone if few calls are left, or else as the next group.
+    fn start(&mut self) {
+        if self.calls <= self.max_alone {
+            for request in self.ready.drain(..) {
+                request.set(State::Alone);
+                request.changed.notify_one();
+            }
+        } else if !self.is_writing && !self.ready.is_empty() {
             self.is_writing = true;
-            leader.is_given(Turn::Leads(next));
+            let requests = mem::take(&mut self.ready);
+            for follower in &requests[1..] {
+                follower.set(State::Follower);
+            }
+            let leader = Arc::clone(&requests[0]);
+            leader.set(State::Leader(requests));
+            leader.changed.notify_one();
         }
     }
 
-    fn leave(&mut self, projection: &str) {
-        self.calls -= 1;
-        self.projections.remove(projection);
-    }
-}
-
-impl Call {
-    fn wait(&self) -> Turn {
-        let mut turn = lock(&self.turn);
-        while matches!(*turn, Turn::Waits) {
-            turn = self.changed.wait(turn).unwrap_or_else(PoisonError::into_inner);
+    /// Makes the next call on a projection ready.
+    fn release(&mut self, projection: &str) {
+        match self.projections.get_mut(projection).and_then(VecDeque::pop_front) {
+            Some(next) => self.ready.push(next),
+            None => drop(self.projections.remove(projection)),
         }
-        mem::replace(&mut turn, Turn::Waits)
     }
 
-    fn is_given(&self, turn: Turn) {
-        *lock(&self.turn) = turn;
-        self.changed.notify_one();
+    /// Takes out a call that has not begun.
+    fn remove(&mut self, request: &Arc<Request>) {
+        let projection = &request.write.projection;
+        if let Some(place) = self.ready.iter().position(|ready| Arc::ptr_eq(ready, request)) {
+            self.ready.remove(place);
+            self.release(projection);
+        } else if let Some(waiting) = self.projections.get_mut(projection) {
+            waiting.retain(|waiting| !Arc::ptr_eq(waiting, request));
+        }
     }
 }
 
-/// A call that goes alone. It leaves the queue when this is dropped, by a panic too.
-struct Leaves<'a> {
+impl Request {
+    fn new(write: Write) -> Self {
+        Self { write, state: Mutex::new(State::Waiting), changed: Condvar::new() }
+    }
+
+    fn set(&self, state: State) {
+        *lock(&self.state) = state;
+    }
+}
+
+thread_local! {
+    /// The address of the group in which the thread has a call, or 0.
+    #[allow(clippy::missing_const_for_thread_local)] // loom's macro takes no `const`
+    static CURRENT: Cell<usize> = Cell::new(0);
+}
+
+/// A call of this thread. What it runs, such as an observer of retries, may write through the same
+/// store: that write must not wait for the call which it is part of.
+struct CurrentCall {
+    outer: usize,
+}
+
+impl CurrentCall {
+    /// `None` within a call of the same group.
+    fn begin(group: &Group) -> Option<Self> {
+        let group = std::ptr::from_ref(group).addr();
+        CURRENT.with(|current| {
+            let outer = current.get();
+            (outer != group).then(|| {
+                current.set(group);
+                Self { outer }
+            })
+        })
+    }
+}
+
+impl Drop for CurrentCall {
+    fn drop(&mut self) {
+        CURRENT.with(|current| current.set(self.outer));
+    }
+}
+
+/// Occupies the projection of a call that runs. Its drop, by a panic too, lets the call leave.
+struct Running<'a> {
     group: &'a Group,
     projection: &'a str,
 }
 
-impl Drop for Leaves<'_> {
+impl Drop for Running<'_> {
     fn drop(&mut self) {
         let mut queue = lock(&self.group.queue);
-        queue.leave(self.projection);
-        queue.start_next();
+        queue.calls -= 1;
+        queue.release(self.projection);
+        queue.start();
     }
 }
 
-/// A group that is under way. Its end, which a panic brings too, starts the next one and then tells
-/// everybody, so that nobody is left waiting.
-struct Ending<'a> {
+/// Ends a group when it is dropped, by a panic too: it starts the next group and gives each follower
+/// its outcome.
+struct GroupEnd<'a> {
     group: &'a Group,
-    calls: &'a [Arc<Call>],
-    outcome: Outcome,
+    followers: &'a [Arc<Request>],
+    stored: Stored,
+    /// The outcome of the writes that are not stored.
+    others: Outcome,
 }
 
-enum Outcome {
-    Stored(Stored),
-    /// The connection was lost.
-    Lost(Arc<Error>),
-    Panicked,
-}
-
-impl Outcome {
-    fn share(&self, write: &Write) -> Share {
-        match self {
-            Self::Stored(stored) if stored.contains(&write.projection) => Share::Stored,
-            Self::Stored(_) => Share::NotStored,
-            Self::Lost(error) => Share::Unknown(Arc::clone(error)),
-            Self::Panicked => {
-                let reason = "the thread that wrote for the group panicked";
-                Share::Unknown(Arc::new(Error::unavailable("group commit", reason)))
-            }
-        }
+impl GroupEnd<'_> {
+    fn outcome(&self, write: &Write) -> Outcome {
+        if self.stored.contains(&write.projection) { Outcome::Stored } else { self.others.clone() }
     }
 }
 
-impl Drop for Ending<'_> {
+impl Drop for GroupEnd<'_> {
     fn drop(&mut self) {
         let mut queue = lock(&self.group.queue);
         queue.is_writing = false;
-        for (place, Call { write, .. }) in self.calls.iter().map(AsRef::as_ref).enumerate() {
-            let is_over = match &self.outcome {
-                Outcome::Stored(stored) => stored.contains(&write.projection),
-                Outcome::Lost(_) => false,
-                Outcome::Panicked => place == 0,
-            };
-            if is_over {
-                queue.leave(&write.projection);
+        let mut returning = 0;
+        for follower in self.followers {
+            let outcome = self.outcome(&follower.write);
+            let mut state = lock(&follower.state);
+            let is_abandoned = matches!(*state, State::Abandoned);
+            let is_stored = matches!(outcome, Outcome::Stored);
+            if is_abandoned || is_stored {
+                queue.release(&follower.write.projection);
+            }
+            if !is_abandoned {
+                returning += usize::from(is_stored);
+                *state = State::Done(outcome);
             }
         }
-        queue.start_next();
+        // The calls that return now still count, because their threads tend to come back at once:
+        // otherwise two groups of 8 threads that alternate would never become groups.
+        queue.start();
+        queue.calls -= returning;
         drop(queue);
-        for call in &self.calls[1..] {
-            call.is_given(Turn::Has(self.outcome.share(&call.write)));
+        for follower in self.followers {
+            follower.changed.notify_one();
         }
     }
 }
 
-/// Nothing panics between two changes of what is locked here, so a poisoned lock is still whole.
+/// No code panics halfway through a change under these locks, so the data is consistent even if a
+/// lock is poisoned.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Every interleaving of a few threads, by an exhaustive scheduler.
+///
+/// It knows no time. A deadline that has passed from the beginning covers every moment at which a call
+/// may time out, because the scheduler delays the thread that looks at it as long as it likes.
 #[cfg(test)]
 mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
 
     use loom::thread;
 
@@ -252,46 +424,107 @@ mod tests {
         memory: MemoryCheckpointStore,
     }
 
+    fn far_away() -> Instant {
+        Instant::now() + Duration::from_secs(86_400)
+    }
+
+    fn passed() -> Instant {
+        Instant::now()
+    }
+
     impl Store {
         fn write(&self, projection: &str, from: Option<i64>, to: i64) -> Result<()> {
-            let alone = |projection: &str, from, to| match from {
-                None => self.memory.save(projection, to),
-                Some(from) => self.memory.advance(projection, from, to),
-            };
+            self.write_by(far_away(), projection, from, to)
+        }
+
+        fn write_by(
+            &self,
+            deadline: Instant,
+            projection: &str,
+            from: Option<i64>,
+            to: i64,
+        ) -> Result<()> {
             let together = |writes: &[&Write]| {
                 let named = |name| writes.iter().any(|write| write.projection == name);
                 if named("panics") {
                     std::panic::resume_unwind(Box::new("on purpose"));
                 }
                 if named("is refused") {
-                    return Err(Error::backend("group commit", "on purpose"));
+                    return Err(GroupError::Refused);
                 }
                 if named("is lost") {
-                    return Err(Error::unavailable("group commit", "on purpose"));
+                    return Err(GroupError::Lost(Error::unavailable("group commit", "on purpose")));
                 }
-                let stored =
-                    |write: &&&Write| alone(&write.projection, write.from, write.to).is_ok();
-                Ok(writes.iter().filter(stored).map(|write| write.projection.clone()).collect())
+                if named("is not sent") {
+                    let error = Error::unavailable("group commit", "on purpose");
+                    return Err(GroupError::NotSent(error));
+                }
+                Ok(self.store(writes))
             };
             self.group.write(
                 Write { projection: projection.to_owned(), from, to },
+                deadline,
                 together,
-                || alone(projection, from, to),
-                |_| Error::unavailable("advance", "lost"),
+                |executed| {
+                    assert!(executed == Executed::No || from.is_none(), "an advance is repeated");
+                    self.apply(projection, from, to)
+                },
+                |cause| Error::unavailable("write", cause),
             )
+        }
+
+        fn apply(&self, projection: &str, from: Option<i64>, to: i64) -> Result<()> {
+            match from {
+                None => self.memory.save(projection, to),
+                Some(from) => self.memory.advance(projection, from, to),
+            }
+        }
+
+        fn store(&self, writes: &[&Write]) -> Stored {
+            let is_stored =
+                |write: &&&Write| self.apply(&write.projection, write.from, write.to).is_ok();
+            writes.iter().filter(is_stored).map(|write| write.projection.clone()).collect()
+        }
+
+        /// Begins a call without a thread of its own.
+        fn begin(&self, projection: &str) -> Arc<Request> {
+            let write = Write { projection: projection.to_owned(), from: None, to: 1 };
+            let request = Arc::new(Request::new(write));
+            lock(&self.group.queue).enter(&request);
+            request
+        }
+
+        /// A call that goes alone, and returns when it is dropped.
+        fn occupy<'a>(&'a self, projection: &'a str) -> Running<'a> {
+            let request = self.begin(projection);
+            assert!(matches!(self.group.wait(&request, far_away()), Ok(State::Alone)));
+            Running { group: &self.group, projection }
+        }
+
+        /// Lets the leader of a group send its statement and return.
+        fn lead(&self, leader: &Arc<Request>) {
+            let state = self.group.wait(leader, far_away());
+            let _running = Running { group: &self.group, projection: &leader.write.projection };
+            let Ok(State::Leader(requests)) = state else { panic!("{state:?}") };
+            let outcome = self.group.lead(&requests, |writes| Ok(self.store(writes)));
+            assert!(matches!(outcome, Outcome::Stored), "{outcome:?}");
+        }
+
+        fn is_occupied(&self, projection: &str) -> bool {
+            lock(&self.group.queue).projections.contains_key(projection)
         }
     }
 
-    fn model(test: impl Fn(&Arc<Store>) + Sync + Send + 'static) {
+    fn model(max_alone: usize, test: impl Fn(&Arc<Store>) + Sync + Send + 'static) {
         let mut model = loom::model::Builder::new();
         model.preemption_bound = Some(3);
         model.check(move || {
             let memory = MemoryCheckpointStore::new();
-            let store = Arc::new(Store { group: Group::new(), memory });
+            let store = Arc::new(Store { group: Group::with_max_alone(max_alone), memory });
             test(&store);
             let queue = lock(&store.group.queue);
             assert!(queue.calls == 0 && !queue.is_writing, "{queue:?}");
-            assert!(queue.projections.is_empty() && queue.waiting.is_empty(), "{queue:?}");
+            assert!(queue.projections.is_empty() && queue.ready.is_empty(), "{queue:?}");
         });
     }
 
@@ -303,9 +536,44 @@ mod tests {
         thread::spawn(move || work(&store))
     }
 
+    /// Counts what calls come to, over all interleavings.
+    #[derive(Debug, Default)]
+    struct Seen {
+        stored: AtomicUsize,
+        timed_out_while_waiting: AtomicUsize,
+        timed_out_in_a_group: AtomicUsize,
+        panicked: AtomicUsize,
+    }
+
+    impl Seen {
+        fn note(&self, outcome: &Result<()>) {
+            let counter = match outcome {
+                Ok(()) => &self.stored,
+                Err(Error::Unavailable { source, .. }) => match source.downcast_ref() {
+                    Some(Unanswered::Waiting) => &self.timed_out_while_waiting,
+                    Some(Unanswered::UnderWay) => &self.timed_out_in_a_group,
+                    Some(Unanswered::Panicked) => &self.panicked,
+                    other => panic!("{other:?}"),
+                },
+                other => panic!("{other:?}"),
+            };
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+
+        fn all(&self) -> [usize; 4] {
+            [
+                &self.stored,
+                &self.timed_out_while_waiting,
+                &self.timed_out_in_a_group,
+                &self.panicked,
+            ]
+            .map(|counter| counter.load(Ordering::Relaxed))
+        }
+    }
+
     #[test]
     fn every_caller_returns_and_finds_its_offset_stored() {
-        model(|store| {
+        model(1, |store| {
             let others = ["a", "b"].map(|name| {
                 spawn(store, move |store| {
                     store.write(name, Some(0), 1).expect("advanced");
@@ -322,7 +590,7 @@ mod tests {
 
     #[test]
     fn of_rivals_exactly_one_advances() {
-        model(|store| {
+        model(1, |store| {
             let others = [7, 8].map(|to| spawn(store, move |store| store.write("p", Some(0), to)));
             let ours = store.write("p", Some(0), 9);
             let outcomes = others.map(|other| other.join().expect("no panic"));
@@ -340,7 +608,7 @@ mod tests {
 
     #[test]
     fn a_thread_that_writes_again_is_not_overtaken_by_its_own_past() {
-        model(|store| {
+        model(1, |store| {
             let other = spawn(store, |store| store.write("other", None, 1).expect("saved"));
             store.write("ours", None, 1).expect("saved");
             store.write("ours", Some(1), 2).expect("advanced");
@@ -350,9 +618,118 @@ mod tests {
         });
     }
 
+    /// A group is under way, and a call on "p" waits for its end, when the calls that went alone
+    /// return.
+    fn with_a_waiting_call(
+        store: &Arc<Store>,
+        then: impl FnOnce(thread::JoinHandle<()>) -> Option<thread::JoinHandle<()>>,
+    ) {
+        let alone = ["a", "b", "c"].map(|name| store.occupy(name));
+        let mut waiting = None;
+        store
+            .group
+            .write(
+                Write { projection: "slow".to_owned(), from: None, to: 1 },
+                far_away(),
+                |writes| {
+                    let first = spawn(store, |store| store.write("p", None, 1).expect("saved"));
+                    while !store.is_occupied("p") {
+                        thread::yield_now();
+                    }
+                    drop(alone);
+                    waiting = then(first);
+                    Ok(store.store(writes))
+                },
+                |_| panic!("it is the leader of a group"),
+                |cause| panic!("{cause}"),
+            )
+            .expect("saved");
+        if let Some(first) = waiting {
+            first.join().expect("no panic");
+        }
+    }
+
     #[test]
-    fn no_caller_is_left_waiting_when_the_one_that_writes_panics() {
-        model(|store| {
+    fn a_waiting_call_goes_alone_when_few_calls_are_left() {
+        model(3, |store| {
+            with_a_waiting_call(store, |first| {
+                first.join().expect("returned while the group is under way");
+                None
+            });
+            assert_eq!(store.memory.get("p").expect("read"), 1);
+        });
+    }
+
+    #[test]
+    fn a_call_does_not_overtake_an_earlier_one_on_its_projection() {
+        model(3, |store| {
+            with_a_waiting_call(store, |first| {
+                let second = spawn(store, |store| store.write("p", None, 2).expect("saved"));
+                second.join().expect("no panic");
+                Some(first)
+            });
+            assert_eq!(store.memory.get("p").expect("read"), 2);
+        });
+    }
+
+    #[test]
+    fn a_call_that_timed_out_does_not_overwrite_a_later_one() {
+        let seen = Arc::new(Seen::default());
+        let noted = Arc::clone(&seen);
+        model(0, move |store| {
+            let others = ["a", "b"]
+                .map(|name| spawn(store, move |store| store.write(name, None, 1).expect("saved")));
+            noted.note(&store.write_by(passed(), "p", None, 1));
+            store.write("p", None, 2).expect("saved");
+            assert_eq!(store.memory.get("p").expect("read"), 2);
+            for other in others {
+                other.join().expect("no panic");
+            }
+            assert_eq!(store.memory.get("p").expect("read"), 2);
+        });
+        assert!(seen.all()[..3].iter().all(|&count| count > 0), "{seen:?}");
+    }
+
+    #[test]
+    fn the_projection_of_a_call_that_timed_out_is_occupied_until_the_end_of_its_group() {
+        model(2, |store| {
+            let alone = ["a", "b"].map(|name| store.occupy(name));
+            let first = store.begin("first");
+            let [leader, follower] = ["leader", "p"].map(|name| store.begin(name));
+            store.lead(&first);
+            drop(alone);
+            let timed_out = store.group.wait(&follower, passed());
+            assert!(matches!(timed_out, Err(Unanswered::UnderWay)), "{timed_out:?}");
+            assert!(store.is_occupied("p"), "a later call would be overtaken by the group");
+            store.lead(&leader);
+            assert!(!store.is_occupied("p"));
+            store.write("p", None, 2).expect("saved");
+            assert_eq!(store.memory.get("p").expect("read"), 2);
+        });
+    }
+
+    #[test]
+    fn no_call_is_left_waiting_behind_one_that_timed_out() {
+        let seen = Arc::new(Seen::default());
+        let noted = Arc::clone(&seen);
+        model(1, move |store| {
+            let noted = Arc::clone(&noted);
+            let timed = spawn(store, move |store| {
+                noted.note(&store.write_by(passed(), "p", None, 1));
+            });
+            let behind = spawn(store, |store| store.write("p", None, 2).expect("saved"));
+            store.write("q", None, 1).expect("saved");
+            store.write("p", None, 3).expect("saved");
+            timed.join().expect("no panic");
+            behind.join().expect("no panic");
+            assert!(store.memory.get("p").expect("read") > 0);
+        });
+        assert!(seen.all()[..2].iter().all(|&count| count > 0), "{seen:?}");
+    }
+
+    #[test]
+    fn no_caller_is_left_waiting_when_the_leader_panics() {
+        model(1, |store| {
             let write = |name: &'static str, from| {
                 move |store: &Store| {
                     catch_unwind(AssertUnwindSafe(|| store.write(name, from, 1))).ok()
@@ -370,9 +747,64 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_of_the_group_is_nobodys_error_and_a_lost_one_is_that_of_who_advances() {
-        for fault in ["is refused", "is lost"] {
-            model(move |store| {
+    fn a_follower_that_timed_out_under_a_leader_that_panics_holds_up_nobody() {
+        let seen = Arc::new(Seen::default());
+        let noted = Arc::clone(&seen);
+        model(0, move |store| {
+            let panics = spawn(store, |store| {
+                catch_unwind(AssertUnwindSafe(|| store.write("panics", None, 1))).is_err()
+            });
+            let other = spawn(store, |store| {
+                catch_unwind(AssertUnwindSafe(|| store.write("other", None, 1))).is_err()
+            });
+            let timed =
+                catch_unwind(AssertUnwindSafe(|| store.write_by(passed(), "p", Some(0), 1)));
+            if let Ok(outcome) = timed {
+                noted.note(&outcome);
+            }
+            store.memory.delete("p").expect("deleted");
+            let next = catch_unwind(AssertUnwindSafe(|| store.write("p", None, 2)));
+            panics.join().expect("returned");
+            other.join().expect("returned");
+            if let Ok(Ok(())) = next {
+                assert_eq!(store.memory.get("p").expect("read"), 2);
+            }
+        });
+        assert!(seen.all()[..3].iter().all(|&count| count > 0), "{seen:?}");
+    }
+
+    #[test]
+    fn what_a_call_runs_may_write_through_the_same_store() {
+        for max_alone in [0, 1] {
+            model(max_alone, |store| {
+                let other = spawn(store, |store| store.write("other", None, 1).expect("saved"));
+                let nested = |offset| {
+                    store.write("p", None, offset).expect("saved");
+                    store.write("q", None, offset).expect("saved");
+                };
+                let write = Write { projection: "p".to_owned(), from: None, to: 3 };
+                let together = |_: &[&Write]| {
+                    nested(1);
+                    Err(GroupError::Refused)
+                };
+                let alone = |_| {
+                    nested(2);
+                    store.apply("p", None, 3)
+                };
+                let unanswered = |cause| panic!("{cause}");
+                store.group.write(write, far_away(), together, alone, unanswered).expect("saved");
+                assert_eq!(store.memory.get("p").expect("read"), 3);
+                assert_eq!(store.memory.get("q").expect("read"), 2);
+                store.write("p", None, 4).expect("saved");
+                other.join().expect("no panic");
+            });
+        }
+    }
+
+    #[test]
+    fn a_failed_group_is_repeated_alone_where_that_cannot_undo_anything() {
+        for fault in ["is refused", "is not sent", "is lost"] {
+            model(1, move |store| {
                 let others = [
                     spawn(store, move |store| store.write(fault, None, 1)),
                     spawn(store, |store| store.write("advances", Some(0), 1)),
@@ -387,6 +819,40 @@ mod tests {
                     }
                 }
             });
+        }
+    }
+
+    #[test]
+    fn a_call_knows_whether_its_group_may_have_executed_its_write() {
+        type Fault = fn(Error) -> GroupError;
+        let error = || Error::unavailable("group commit", "on purpose");
+        let cases: [(Fault, _, _); 3] = [
+            (|_| GroupError::Refused, Some(Executed::No), Some(Executed::No)),
+            (GroupError::NotSent, Some(Executed::No), Some(Executed::No)),
+            (GroupError::Lost, Some(Executed::Unknown), None),
+        ];
+        for (fault, of_a_save, of_an_advance) in cases {
+            for (from, expected) in [(None, of_a_save), (Some(0), of_an_advance)] {
+                model(0, move |store| {
+                    for (deadline, in_time) in [(far_away(), true), (passed(), false)] {
+                        let mut repeated = None;
+                        let returned = store.group.write(
+                            Write { projection: "p".to_owned(), from, to: 1 },
+                            deadline,
+                            |_| Err(fault(error())),
+                            |executed| {
+                                repeated = Some(executed);
+                                Ok(())
+                            },
+                            |cause| Error::unavailable("write", cause),
+                        );
+                        let refused = matches!(fault(error()), GroupError::Refused);
+                        let expected = expected.filter(|_| in_time || refused);
+                        assert_eq!(repeated, expected);
+                        assert_eq!(returned.is_ok(), expected.is_some());
+                    }
+                });
+            }
         }
     }
 }

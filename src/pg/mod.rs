@@ -50,7 +50,7 @@ pub use self::transaction::InTransaction;
 
 use self::connections::{AfterLoss, Connections};
 use self::errors::no_connection;
-use self::group::{Group, Write};
+use self::group::{Executed, Group, GroupError, Write};
 use self::identifier::Table;
 use self::migrate::{Migration, migrate};
 use self::queries::Queries;
@@ -342,19 +342,23 @@ impl PostgresCheckpointStore {
         let began = Instant::now();
         group.write(
             Write { projection: projection.to_owned(), from, to },
+            deadline,
             |writes| {
                 let subject = queries.about_so_many(writes.len());
-                connections.run(
-                    "group commit",
-                    subject,
-                    deadline,
-                    AfterLoss::Fail,
-                    None,
-                    |client, _| queries.write_together(client, writes),
-                )
+                let mut is_sent = false;
+                connections
+                    .run("group commit", subject, deadline, AfterLoss::Fail, None, |client, _| {
+                        is_sent = true;
+                        queries.write_together(client, writes)
+                    })
+                    .map_err(|error| match error {
+                        Error::Unavailable { .. } if is_sent => GroupError::Lost(error),
+                        Error::Unavailable { .. } => GroupError::NotSent(error),
+                        _ => GroupError::Refused,
+                    })
             },
-            || alone(deadline, Some(began)),
-            |cause| no_connection(operation, queries.about(projection), InGroup(cause)),
+            |executed| alone(deadline, (executed == Executed::Unknown).then_some(began)),
+            |cause| no_connection(operation, queries.about(projection), cause),
         )
     }
 
@@ -381,11 +385,6 @@ impl PostgresCheckpointStore {
         Arc::as_ptr(&self.shared) as usize
     }
 }
-
-/// The connection was lost under a statement that several calls shared.
-#[derive(Debug, thiserror::Error)]
-#[error("in a group of calls")]
-struct InGroup(#[source] Arc<Error>);
 
 impl fmt::Debug for PostgresCheckpointStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

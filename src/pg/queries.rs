@@ -203,9 +203,10 @@ impl Queries {
         }
     }
 
-    /// What the server's clock showed at that moment, or a little earlier: the time of the answer is
-    /// subtracted too. Rows that another server wrote before a failover have the time of another clock, so
-    /// nothing can be said soon after one.
+    /// What the server's clock showed at that moment, or a little earlier: the time that the answer took is
+    /// subtracted as well. Rows that another server wrote before a failover have the time of another clock, so
+    /// nothing can be said soon after one. A server that was promoted is on another timeline than the first,
+    /// which tells it from one that has recovered from a crash of its own.
     fn server_time_at(&self, session: &mut impl Session, moment: Instant) -> Outcome<SystemTime> {
         /// By how much the clocks of a primary and its standby may differ.
         const CLOCK_SKEW: Duration = Duration::from_secs(60);

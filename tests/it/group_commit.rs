@@ -257,6 +257,153 @@ fn waiters(observer: &mut Client) -> usize {
     usize::try_from(observer.query_one(query, &[]).unwrap().get::<_, i64>(0)).unwrap()
 }
 
+/// As many calls as go alone, so that the next one is a group, and those after it wait for its end.
+const OTHERS: usize = 8;
+
+/// A table in which a write of "slow" or "other .." waits, in a trigger, until the test lets go of a
+/// lock. All these rows are there, and "p".
+fn schema_with_slow_rows() -> Schema {
+    let schema = Schema::new();
+    for name in ["slow", "p"].into_iter().chain(OTHER_NAMES) {
+        schema.store.save(name, 1).unwrap();
+    }
+    schema
+        .client()
+        .batch_execute(
+            "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN
+                 PERFORM pg_advisory_xact_lock_shared(hashtext(TG_TABLE_SCHEMA), hashtext(prefix))
+                 FROM (VALUES ('slow'), ('other')) AS held (prefix)
+                 WHERE NEW.projection_name LIKE prefix || '%';
+                 RETURN NEW;
+             END $$;
+             CREATE TRIGGER wait BEFORE INSERT OR UPDATE ON projection_checkpoints
+                 FOR EACH ROW EXECUTE FUNCTION wait();",
+        )
+        .unwrap();
+    schema
+}
+
+const OTHER_NAMES: [&str; OTHERS] =
+    ["other 1", "other 2", "other 3", "other 4", "other 5", "other 6", "other 7", "other 8"];
+
+/// Makes writes of these rows wait until the client is dropped, by a panic too.
+fn hold(schema: &Schema, prefix: &str) -> Client {
+    let mut holder = schema.client();
+    let lock = "SELECT pg_advisory_lock(hashtext(current_schema()), hashtext($1))";
+    holder.execute(lock, &[&prefix]).unwrap();
+    holder
+}
+
+#[test]
+fn a_waiting_call_goes_alone_when_few_are_left_and_no_later_one_overtakes_it() {
+    let schema = schema_with_slow_rows();
+    let store = grouped_on(&schema);
+    thread::scope(|scope| {
+        let store = &store;
+        let save =
+            |name: &'static str, offset| scope.spawn(move || store.save(name, offset).unwrap());
+        let mut observer = schema.client();
+        let (slow_is_held, others_are_held) = (hold(&schema, "slow"), hold(&schema, "other"));
+        let others = OTHER_NAMES.map(|name| save(name, 2));
+        wait_until("the others wait in their statements", || waiting(&mut observer) == OTHERS);
+        let slow = save("slow", 2);
+        wait_until("the group waits too", || waiting(&mut observer) == OTHERS + 1);
+        let first = save("p", 2);
+        drop(others_are_held);
+        for other in others {
+            other.join().unwrap();
+        }
+        wait_until("the first call has returned", || first.is_finished());
+        store.save("p", 3).unwrap();
+        assert_eq!(store.get("p").unwrap(), 3);
+        assert!(!slow.is_finished());
+        drop(slow_is_held);
+        slow.join().unwrap();
+    });
+    assert_eq!((store.get("p").unwrap(), store.get("slow").unwrap()), (3, 2));
+}
+
+#[test]
+fn a_call_that_waits_for_the_end_of_a_group_returns_in_time_and_has_sent_nothing() {
+    const LIMIT: Duration = Duration::from_secs(2);
+    let schema = schema_with_slow_rows();
+    let store = PostgresCheckpointStore::builder()
+        .schema(&schema.name)
+        .group_commit(true)
+        .max_connections(2 * THREADS)
+        .connection_timeout(LIMIT)
+        .connect(&harness::server().params())
+        .unwrap();
+    thread::scope(|scope| {
+        let store = &store;
+        let save =
+            |name: &'static str, offset| scope.spawn(move || store.save(name, offset).unwrap());
+        let mut observer = schema.client();
+        let held = (hold(&schema, "slow"), hold(&schema, "other"));
+        let others = OTHER_NAMES.map(|name| save(name, 2));
+        wait_until("the others wait in their statements", || waiting(&mut observer) == OTHERS);
+        let slow = save("slow", 2);
+        wait_until("the group waits too", || waiting(&mut observer) == OTHERS + 1);
+        for call in [&|| store.save("p", 2), &|| store.advance("p", 1, 2)]
+            as [&dyn Fn() -> checkpoint_store::Result<()>; 2]
+        {
+            let begun = Instant::now();
+            let error = call().unwrap_err();
+            let took = begun.elapsed();
+            assert!(took < LIMIT + Duration::from_secs(2), "{took:?}");
+            assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+            assert!(
+                error.is_transient() && chain(&error).contains("nothing was sent"),
+                "{error:?}"
+            );
+        }
+        assert!(!slow.is_finished() && others.iter().all(|other| !other.is_finished()));
+        drop(held);
+        slow.join().unwrap();
+        for other in others {
+            other.join().unwrap();
+        }
+    });
+    assert_eq!(store.get("p").unwrap(), 1);
+    store.advance("p", 1, 2).unwrap();
+}
+
+/// How many connections wait for one of the test's advisory locks.
+fn waiting(observer: &mut Client) -> usize {
+    let query = "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'
+                 AND classid = (hashtext(current_schema())::bigint & 4294967295)::oid";
+    usize::try_from(observer.query_one(query, &[]).unwrap().get::<_, i64>(0)).unwrap()
+}
+
+#[test]
+fn while_the_server_is_down_no_call_takes_longer_than_its_limit() {
+    const LIMIT: Duration = Duration::from_secs(3);
+    let server = Server::start(Options::fast());
+    let store = PostgresCheckpointStore::builder()
+        .group_commit(true)
+        .max_connections(4)
+        .connection_timeout(LIMIT)
+        .connect(&server.params())
+        .unwrap();
+    store.migrate().unwrap();
+    in_threads(|thread| store.save(&format!("worker {thread}"), 1).unwrap());
+    server.crash();
+    in_threads(|thread| {
+        let name = format!("worker {thread}");
+        let timed = |call: &dyn Fn() -> checkpoint_store::Result<()>| {
+            let begun = Instant::now();
+            let error = call().unwrap_err();
+            let took = begun.elapsed();
+            assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+            assert!(error.is_transient() && error.to_string().contains(&name), "{error:?}");
+            assert!(took < LIMIT + Duration::from_secs(2), "{took:?}: {}", chain(&error));
+        };
+        timed(&|| store.save(&name, 2));
+        timed(&|| store.advance(&name, 1, 2));
+    });
+}
+
 /// PostgreSQL would not see such a deadlock: one of the two waits in this process.
 #[test]
 fn a_thread_that_holds_a_row_can_save_another_while_others_wait_for_the_first() {
