@@ -58,22 +58,22 @@ struct Times {
     writable_since: Instant,
 }
 
-/// What one connection of a pool has told about the others.
+/// When one connection of a pool last told what holds for the others, too.
 #[derive(Debug, Default)]
 pub(crate) struct History {
-    last_loss: Moment,
-    last_read_only: Moment,
+    loss: Moment,
+    read_only: Moment,
     /// When a test began that was not answered in time.
-    last_unanswered: Moment,
+    unanswered: Moment,
 }
 
 impl History {
     pub(crate) fn note(&self, class: ErrorClass) {
         match class {
             ErrorClass::ConnectionLost | ErrorClass::IdleSessionEnded => {
-                self.last_loss.set(Instant::now())
+                self.loss.set(Instant::now());
             }
-            ErrorClass::ReadOnly => self.last_read_only.set(Instant::now()),
+            ErrorClass::ReadOnly => self.read_only.set(Instant::now()),
             ErrorClass::AbortedTransaction | ErrorClass::RolledBack | ErrorClass::Permanent => {}
         }
     }
@@ -141,7 +141,7 @@ impl PooledClient {
         self.may_be_read_only()
             || times.is_none_or(|Times { last_used, .. }| {
                 taken.saturating_duration_since(last_used) >= TRUSTED
-                    || !self.history.last_loss.is_before(last_used)
+                    || !self.history.loss.is_before(last_used)
             })
     }
 
@@ -149,7 +149,7 @@ impl PooledClient {
     /// silence, a NAT or a firewall, has dropped this one too, and a test would take its whole time.
     pub(crate) fn is_presumed_dead(&mut self) -> bool {
         let Usage(times) = *self.kept();
-        times.is_some_and(|times| !self.history.last_unanswered.is_before(times.last_used))
+        times.is_some_and(|times| !self.history.unanswered.is_before(times.last_used))
     }
 
     /// Whether it is from before a server was found to be read-only. One that was made since then leads
@@ -157,7 +157,7 @@ impl PooledClient {
     fn may_be_read_only(&mut self) -> bool {
         let Usage(times) = *self.kept();
         times.is_some_and(|Times { writable_since, .. }| {
-            !self.history.last_read_only.is_before(writable_since)
+            !self.history.read_only.is_before(writable_since)
         })
     }
 
@@ -167,7 +167,7 @@ impl PooledClient {
         let began = Instant::now();
         if let Err(error) = self.is_valid(limit) {
             if error.as_db_error().is_none() && !error.is_closed() {
-                self.history.last_unanswered.set(began);
+                self.history.unanswered.set(began);
             }
             self.history.note(ErrorClass::ConnectionLost);
             return Err(error);

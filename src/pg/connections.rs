@@ -136,8 +136,7 @@ impl Connections {
             if class == ErrorClass::ConnectionLost {
                 lost.get_or_insert(taken);
             }
-            let pause = retries.after(error, next_after(class, after_loss))?;
-            self.pause(pause);
+            thread::sleep(retries.after(error, next_after(class, after_loss))?);
         }
     }
 
@@ -177,7 +176,7 @@ impl Connections {
                         let next = if is_hopeless { Next::Fail } else { Next::Reconnect };
                         let error = no_connection(operation, &subject, NoConnection(cause));
                         let pause = retries.after_no_connection(error, next)?;
-                        self.pause(pause);
+                        self.wait_for_another(pause);
                         continue;
                     }
                 }
@@ -211,22 +210,15 @@ impl Connections {
         }
     }
 
-    /// Waits before the next attempt; not longer than until another connection is idle, for a server may
-    /// give fewer connections than the pool may have.
-    pub(crate) fn pause(&self, pause: Duration) {
+    /// Waits before the next attempt to connect, but not longer than until another connection is idle: a
+    /// server may give fewer connections than the pool may have.
+    fn wait_for_another(&self, pause: Duration) {
         const STEP: Duration = Duration::from_millis(10);
         let end = Instant::now() + pause;
-        loop {
+        while self.pool.state().idle_connections == 0 {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return;
-            }
-            let state = self.pool.state();
-            if self.logins.is_none() || state.connections == 0 {
-                return thread::sleep(left);
-            }
-            if state.idle_connections > 0 {
-                return;
+                break;
             }
             thread::sleep(left.min(STEP));
         }

@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::mem;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use postgres::Transaction;
@@ -11,7 +12,9 @@ use postgres::error::SqlState;
 use super::PostgresCheckpointStore;
 use super::client::{PooledClient, takes_writes};
 use super::connections::{AfterLoss, next_after};
-use super::errors::{Cause, ErrorClass, Outcome, Rivals, failure, postgres_error, sql_state};
+use super::errors::{
+    Cause, ErrorClass, Outcome, Rivals, failure, no_connection, postgres_error, sql_state,
+};
 use super::prepared::name_the_pooler;
 use super::queries::{LockedRow, NOT_SAVED, Queries};
 use super::retry::Next;
@@ -287,11 +290,10 @@ impl PostgresCheckpointStore {
                 Failed::InDoubt(cause) => {
                     client.check_in_after(cause.as_ref());
                     let subject = format_args!("{subject}, and the batch may be committed");
-                    let pause = retries.after_a_doubt(failure("commit", subject, cause))?;
-                    connections.pause(pause);
+                    thread::sleep(retries.after_a_doubt(failure("commit", subject, cause))?);
                     continue;
                 }
-                Failed::InClosure(error) => (error, Next::Fail),
+                Failed::InClosure(error) => return Err(error),
                 Failed::LostInClosure(error) if attempt.losses < LOSSES_WHILE_APPLYING => {
                     (error, Next::Reconnect)
                 }
@@ -306,8 +308,7 @@ impl PostgresCheckpointStore {
                     (error, if is_its_own { Next::Fail } else { Next::Reconnect })
                 }
             };
-            let pause = retries.after(error, next)?;
-            connections.pause(pause);
+            thread::sleep(retries.after(error, next)?);
         }
     }
 
@@ -425,8 +426,8 @@ impl<'a> Attempt<'a> {
             self.exceeded = exceeded_limit(&mut tx, self.ran).map_err(at("lock"))?;
         }
         if self.losses >= LOSSES_WHILE_APPLYING {
-            let error = failure("save", self.queries.about(self.projection), LostTooOften);
-            return Err(Failed::InClosure(self.explain(error)));
+            let subject = self.queries.about(self.projection);
+            return Err(Failed::LostInClosure(no_connection("save", subject, LostTooOften)));
         }
         let began = Instant::now();
         let applied = apply(&mut tx, from);
@@ -439,6 +440,11 @@ impl<'a> Attempt<'a> {
         let Some(to) = applied else {
             return match end(tx, "SELECT; ROLLBACK") {
                 Ok(()) => Ok(Batch::NothingNew),
+                Err((_, cause)) if is_lost(&cause) => {
+                    self.losses += 1;
+                    let subject = self.queries.about(self.projection);
+                    Err(Failed::LostInClosure(failure("apply", subject, cause)))
+                }
                 Err((_, cause)) => Err(self.not_finished("apply", row, cause)),
             };
         };
@@ -450,7 +456,7 @@ impl<'a> Attempt<'a> {
         let Err((mut tx, cause)) = end(tx, &self.queries.save_and_commit(row, to)) else {
             return Ok(Batch::Committed(to));
         };
-        if ErrorClass::of(cause.as_ref()) == ErrorClass::ConnectionLost {
+        if is_lost(&cause) {
             self.in_doubt = Some(to);
             self.losses += 1;
             return Err(Failed::InDoubt(cause));
@@ -535,6 +541,10 @@ fn end<'c>(mut tx: Transaction<'c>, statements: &str) -> Result<(), (Transaction
         }
         Err(error) => Err((tx, error.into())),
     }
+}
+
+fn is_lost(cause: &Cause) -> bool {
+    ErrorClass::of(cause.as_ref()) == ErrorClass::ConnectionLost
 }
 
 fn class_of(error: &Error) -> Option<ErrorClass> {

@@ -211,8 +211,8 @@ impl Backoff {
     fn next(&mut self) -> Duration {
         let pause = self.next;
         self.next = (pause * 2).clamp(self.first, self.longest);
-        let random = RandomState::new().hash_one(0) >> 33; // 31 bits
-        pause.mul_f64(1.0 - 0.5 * (random as f64 / f64::from(1_u32 << 31)))
+        let [random, ..] = RandomState::new().hash_one(0).to_ne_bytes();
+        pause * (512 - u32::from(random)) / 512
     }
 }
 
