@@ -31,6 +31,7 @@ mod project;
 mod queries;
 mod retry;
 mod session;
+mod statements;
 mod transaction;
 
 use std::fmt;

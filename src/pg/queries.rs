@@ -11,92 +11,20 @@ use postgres::types::{FromSql, Type};
 use super::errors::{Cause, Outcome, OutcomeUnknown, Rivals, sql_state};
 use super::group::{Stored, Write};
 use super::identifier::Table;
-use super::session::{Query, Session};
+use super::session::Session;
+use super::statements::Statements;
 use crate::{Checkpoint, Error};
 
+/// The operations on one table.
 #[derive(Debug)]
 pub(crate) struct Queries {
     pub(crate) table: Table,
-    find: Query,
-    all: Query,
-    save: Query,
-    save_many: Query,
-    advance: Query,
-    advance_or_find: Query,
-    delete: Query,
-    lock: Query,
-    lock_new: Query,
-    try_lock: Query,
-    write_together: Query,
-    save_again: Query,
-    delete_again: Query,
-    server_time: Query,
-    absent: Query,
-    may_discard: Query,
-    project_lock: Query,
-    project_try_lock: Query,
-    lock_absent: Query,
-    try_lock_absent: Query,
-    /// Without their offset, which stands between the pieces.
-    project_save: Vec<String>,
-    project_create: Vec<String>,
+    sql: Statements,
 }
 
 impl Queries {
     pub(crate) fn new(table: Table) -> Self {
-        /// What stands for the offset in the files of statements that cannot bind it.
-        const OFFSET: &str = "42";
-        let query = |sql, parameters| Query { sql: table.render(sql), parameters };
-        let pieces = |sql: &str| sql.split(OFFSET).map(|piece| table.render(piece)).collect();
-        Self {
-            find: query(include_str!("../../sql/find.sql"), &[Type::TEXT]),
-            all: query(include_str!("../../sql/all.sql"), &[]),
-            save: query(include_str!("../../sql/save.sql"), &[Type::TEXT, Type::INT8]),
-            save_many: query(
-                include_str!("../../sql/save_many.sql"),
-                &[Type::TEXT_ARRAY, Type::INT8_ARRAY],
-            ),
-            advance: query(
-                include_str!("../../sql/advance.sql"),
-                &[Type::TEXT, Type::INT8, Type::INT8],
-            ),
-            advance_or_find: query(
-                include_str!("../../sql/advance_or_find.sql"),
-                &[Type::TEXT, Type::INT8, Type::INT8],
-            ),
-            delete: query(include_str!("../../sql/delete.sql"), &[Type::TEXT]),
-            lock: query(include_str!("../../sql/lock.sql"), &[Type::TEXT]),
-            lock_new: query(include_str!("../../sql/lock_new.sql"), &[Type::TEXT, Type::TEXT]),
-            try_lock: query(include_str!("../../sql/try_lock.sql"), &[Type::TEXT]),
-            write_together: query(
-                include_str!("../../sql/write_together.sql"),
-                &[Type::TEXT_ARRAY, Type::INT8_ARRAY, Type::INT8_ARRAY],
-            ),
-            save_again: query(
-                include_str!("../../sql/save_again.sql"),
-                &[Type::TEXT_ARRAY, Type::INT8_ARRAY, Type::TIMESTAMPTZ],
-            ),
-            delete_again: query(
-                include_str!("../../sql/delete_again.sql"),
-                &[Type::TEXT, Type::TIMESTAMPTZ],
-            ),
-            server_time: query(include_str!("../../sql/server_time.sql"), &[]),
-            absent: query(include_str!("../../sql/absent.sql"), &[Type::TEXT, Type::TEXT]),
-            may_discard: query(include_str!("../../sql/may_discard.sql"), &[Type::TEXT]),
-            project_lock: query(include_str!("../../sql/project_lock.sql"), &[Type::TEXT]),
-            project_try_lock: query(include_str!("../../sql/project_try_lock.sql"), &[Type::TEXT]),
-            lock_absent: query(
-                include_str!("../../sql/lock_absent.sql"),
-                &[Type::TEXT, Type::TEXT],
-            ),
-            try_lock_absent: query(
-                include_str!("../../sql/try_lock_absent.sql"),
-                &[Type::TEXT, Type::TEXT],
-            ),
-            project_save: pieces(include_str!("../../sql/project_save.sql")),
-            project_create: pieces(include_str!("../../sql/project_create.sql")),
-            table,
-        }
+        Self { sql: Statements::new(&table), table }
     }
 
     /// What an operation on one projection was about, for its error.
@@ -118,7 +46,7 @@ impl Queries {
         session: &mut impl Session,
         projection: &str,
     ) -> Outcome<Option<Checkpoint>> {
-        match session.query(&self.find, &[&projection])?.first() {
+        match session.query(&self.sql.find, &[&projection])?.first() {
             Some(row) => checkpoint(row).map(Some),
             None => self.is_there(session, projection).map(|_| None),
         }
@@ -127,7 +55,7 @@ impl Queries {
     /// Ordered by the bytes of the names, which is not for the server to do: in another encoding it
     /// has other bytes.
     pub(crate) fn all(&self, session: &mut impl Session) -> Outcome<Vec<Checkpoint>> {
-        let rows = session.query(&self.all, &[])?;
+        let rows = session.query(&self.sql.all, &[])?;
         match rows.first() {
             Some(row) if row.try_get("may_hide")? => return Err(MAY_HIDE.into()),
             Some(_) => {}
@@ -141,7 +69,7 @@ impl Queries {
     /// Whether the checkpoint is there, asked after a statement has found none. What row-level security
     /// hides must not look like what is not there.
     pub(crate) fn is_there(&self, session: &mut impl Session, projection: &str) -> Outcome<bool> {
-        let rows = session.query(&self.absent, &[&self.table.to_string(), &projection])?;
+        let rows = session.query(&self.sql.absent, &[&self.table.to_string(), &projection])?;
         let row = rows.first().ok_or(NO_ROW)?;
         if row.try_get("may_hide")? {
             return Err(MAY_HIDE.into());
@@ -155,7 +83,7 @@ impl Queries {
         projection: &str,
         offset: i64,
     ) -> Outcome<()> {
-        written(session.execute(&self.save, &[&projection, &offset])).and_then(require_one)
+        written(session.execute(&self.sql.save, &[&projection, &offset])).and_then(require_one)
     }
 
     pub(crate) fn save_many(
@@ -164,7 +92,7 @@ impl Queries {
         checkpoints: &[(&str, i64)],
     ) -> Outcome<()> {
         let (names, offsets) = last_of_each(checkpoints);
-        written(session.execute(&self.save_many, &[&names, &offsets])).map(drop)
+        written(session.execute(&self.sql.save_many, &[&names, &offsets])).map(drop)
     }
 
     /// Saves after a first attempt, begun at `lost`, that may have been executed, and not if anybody has
@@ -178,7 +106,7 @@ impl Queries {
     ) -> Outcome<()> {
         let (names, offsets) = last_of_each(checkpoints);
         let since = self.server_time_at(session, lost)?;
-        let rows = written(session.query(&self.save_again, &[&names, &offsets, &since]))?;
+        let rows = written(session.query(&self.sql.save_again, &[&names, &offsets, &since]))?;
         let row = rows.first().ok_or(NO_ROW)?;
         match (row.try_get("is_written")?, row.try_get("is_as_given")?) {
             (false, false) => Err(OutcomeUnknown.into()),
@@ -194,7 +122,7 @@ impl Queries {
         lost: Instant,
     ) -> Outcome<bool> {
         let since = self.server_time_at(session, lost)?;
-        let rows = session.query(&self.delete_again, &[&projection, &since])?;
+        let rows = session.query(&self.sql.delete_again, &[&projection, &since])?;
         let row = rows.first().ok_or(NO_ROW)?;
         match (row.try_get("is_deleted")?, row.try_get("was_there")?) {
             (true, _) => Ok(true),
@@ -210,7 +138,7 @@ impl Queries {
     fn server_time_at(&self, session: &mut impl Session, moment: Instant) -> Outcome<SystemTime> {
         /// By how much the clocks of a primary and its standby may differ.
         const CLOCK_SKEW: Duration = Duration::from_secs(60);
-        let rows = session.query(&self.server_time, &[])?;
+        let rows = session.query(&self.sql.server_time, &[])?;
         let row = rows.first().ok_or(NO_ROW)?;
         let Timestamp(now) = row.try_get("now")?;
         let then = now.checked_sub(moment.elapsed()).ok_or(OutcomeUnknown)?;
@@ -230,11 +158,12 @@ impl Queries {
     ) -> Outcome<Advance> {
         for _ in 0..ATTEMPTS {
             // The cheap statement first: it is all there is to do, unless the row is absent or elsewhere.
-            let moved = written(session.execute(&self.advance, &[&projection, &from, &to]))?;
+            let moved = written(session.execute(&self.sql.advance, &[&projection, &from, &to]))?;
             if moved > 0 {
                 return Ok(Advance::Moved);
             }
-            let rows = written(session.query(&self.advance_or_find, &[&projection, &from, &to]))?;
+            let rows =
+                written(session.query(&self.sql.advance_or_find, &[&projection, &from, &to]))?;
             let row = rows.first().ok_or(NO_ROW)?;
             if row.try_get("moved")? {
                 return Ok(Advance::Moved);
@@ -256,7 +185,7 @@ impl Queries {
 
     /// Why one statement after another touches no row.
     fn why_nothing_happens(&self, session: &mut impl Session) -> Outcome<Cause> {
-        let rows = session.query(&self.may_discard, &[&self.table.to_string()])?;
+        let rows = session.query(&self.sql.may_discard, &[&self.table.to_string()])?;
         Ok(match rows.first().map(|row| row.try_get(0)).transpose()? {
             Some(true) => NOTHING_HAPPENS.into(),
             _ => Rivals.into(),
@@ -272,13 +201,13 @@ impl Queries {
         let names: Vec<&str> = writes.iter().map(|write| &*write.projection).collect();
         let from: Vec<Option<i64>> = writes.iter().map(|write| write.from).collect();
         let to: Vec<i64> = writes.iter().map(|write| write.to).collect();
-        let rows = written(session.query(&self.write_together, &[&names, &from, &to]))?;
+        let rows = written(session.query(&self.sql.write_together, &[&names, &from, &to]))?;
         rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
     }
 
     pub(crate) fn delete(&self, session: &mut impl Session, projection: &str) -> Outcome<bool> {
         for _ in 0..ATTEMPTS {
-            if session.execute(&self.delete, &[&projection])? > 0 {
+            if session.execute(&self.sql.delete, &[&projection])? > 0 {
                 return Ok(true);
             }
             if !self.is_there(session, projection)? {
@@ -289,7 +218,7 @@ impl Queries {
     }
 
     pub(crate) fn lock(&self, session: &mut impl Session, projection: &str) -> Outcome<i64> {
-        match session.query(&self.lock, &[&projection])?.first() {
+        match session.query(&self.sql.lock, &[&projection])?.first() {
             Some(row) => Ok(row.try_get(0)?),
             None => self.lock_new(session, projection),
         }
@@ -298,7 +227,7 @@ impl Queries {
     /// Creates the row at 0, or waits for the transaction that is creating it, and locks it.
     pub(crate) fn lock_new(&self, session: &mut impl Session, projection: &str) -> Outcome<i64> {
         let table = self.table.to_string();
-        let rows = written(session.query(&self.lock_new, &[&projection, &table]))?;
+        let rows = written(session.query(&self.sql.lock_new, &[&projection, &table]))?;
         Ok(rows.first().ok_or(NOTHING_WRITTEN)?.try_get(0)?)
     }
 
@@ -308,7 +237,7 @@ impl Queries {
         session: &mut impl Session,
         projection: &str,
     ) -> Outcome<Option<i64>> {
-        let rows = session.query(&self.try_lock, &[&projection])?;
+        let rows = session.query(&self.sql.try_lock, &[&projection])?;
         Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
     }
 
@@ -318,7 +247,7 @@ impl Queries {
         session: &mut impl Session,
         projection: &str,
     ) -> Outcome<Option<i64>> {
-        let rows = session.query(&self.project_lock, &[&projection])?;
+        let rows = session.query(&self.sql.project_lock, &[&projection])?;
         Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
     }
 
@@ -328,7 +257,7 @@ impl Queries {
         session: &mut impl Session,
         projection: &str,
     ) -> Outcome<Option<i64>> {
-        let rows = session.query(&self.project_try_lock, &[&projection])?;
+        let rows = session.query(&self.sql.project_try_lock, &[&projection])?;
         Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
     }
 
@@ -336,7 +265,7 @@ impl Queries {
     /// nothing new leaves nothing behind.
     pub(crate) fn lock_absent(&self, session: &mut impl Session, projection: &str) -> Outcome<()> {
         let table = self.table.to_string();
-        let rows = session.query(&self.lock_absent, &[&projection, &table])?;
+        let rows = session.query(&self.sql.lock_absent, &[&projection, &table])?;
         if rows.first().ok_or(NO_ROW)?.try_get("may_hide")? {
             return Err(MAY_HIDE.into());
         }
@@ -350,7 +279,7 @@ impl Queries {
         projection: &str,
     ) -> Outcome<bool> {
         let table = self.table.to_string();
-        let rows = session.query(&self.try_lock_absent, &[&projection, &table])?;
+        let rows = session.query(&self.sql.try_lock_absent, &[&projection, &table])?;
         let row = rows.first().ok_or(NO_ROW)?;
         if row.try_get("may_hide")? {
             return Err(MAY_HIDE.into());
@@ -362,8 +291,8 @@ impl Queries {
     /// lock has put it, so the message holds nothing but a number.
     pub(crate) fn save_and_commit(&self, row: LockedRow, offset: i64) -> String {
         let pieces = match row {
-            LockedRow::There => &self.project_save,
-            LockedRow::Absent => &self.project_create,
+            LockedRow::There => &self.sql.project_save,
+            LockedRow::Absent => &self.sql.project_create,
         };
         format!("{} COMMIT", pieces.join(&offset.to_string()))
     }
@@ -474,53 +403,6 @@ impl<'a> FromSql<'a> for Timestamp {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn rendered(queries: &Queries) -> [(&Query, &'static str); 20] {
-        [
-            (&queries.find, include_str!("../../sql/find.sql")),
-            (&queries.all, include_str!("../../sql/all.sql")),
-            (&queries.save, include_str!("../../sql/save.sql")),
-            (&queries.save_many, include_str!("../../sql/save_many.sql")),
-            (&queries.advance, include_str!("../../sql/advance.sql")),
-            (&queries.advance_or_find, include_str!("../../sql/advance_or_find.sql")),
-            (&queries.delete, include_str!("../../sql/delete.sql")),
-            (&queries.lock, include_str!("../../sql/lock.sql")),
-            (&queries.lock_new, include_str!("../../sql/lock_new.sql")),
-            (&queries.try_lock, include_str!("../../sql/try_lock.sql")),
-            (&queries.save_again, include_str!("../../sql/save_again.sql")),
-            (&queries.delete_again, include_str!("../../sql/delete_again.sql")),
-            (&queries.server_time, include_str!("../../sql/server_time.sql")),
-            (&queries.absent, include_str!("../../sql/absent.sql")),
-            (&queries.may_discard, include_str!("../../sql/may_discard.sql")),
-            (&queries.project_lock, include_str!("../../sql/project_lock.sql")),
-            (&queries.project_try_lock, include_str!("../../sql/project_try_lock.sql")),
-            (&queries.lock_absent, include_str!("../../sql/lock_absent.sql")),
-            (&queries.try_lock_absent, include_str!("../../sql/try_lock_absent.sql")),
-            (&queries.write_together, include_str!("../../sql/write_together.sql")),
-        ]
-    }
-
-    #[test]
-    fn a_rendered_statement_differs_from_its_file_in_nothing_but_the_tables_name()
-    -> crate::Result<()> {
-        let queries = Queries::new(Table::new("app \"one\"", "Check;points")?);
-        for (query, file) in rendered(&queries) {
-            let back = query
-                .sql
-                .replace("\"app \"\"one\"\"\".\"Check;points\"", "public.projection_checkpoints");
-            assert_eq!(back, file);
-        }
-        let table = "\"app \"\"one\"\"\".\"Check;points\"";
-        for (row, file) in [
-            (LockedRow::There, include_str!("../../sql/project_save.sql")),
-            (LockedRow::Absent, include_str!("../../sql/project_create.sql")),
-        ] {
-            let back = queries.save_and_commit(row, 42);
-            let back = back.replace(table, "public.projection_checkpoints");
-            assert_eq!(back, format!("{file} COMMIT"));
-        }
-        Ok(())
-    }
 
     #[test]
     fn every_timestamp_that_the_server_can_send_is_read() {

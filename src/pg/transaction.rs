@@ -15,31 +15,29 @@ use crate::{Checkpoint, Error, Result};
 /// The store's operations inside the caller's own transaction; made by
 /// [`in_transaction`](super::PostgresCheckpointStore::in_transaction).
 ///
-/// What it writes is seen by nobody until the caller commits, and is gone when the caller rolls
-/// back, a savepoint included. It never commits, rolls back or changes a setting that outlasts the
-/// call, and never tries a statement twice on another connection: what became of the transaction
-/// is for the caller to say.
+/// What it writes is visible to no other transaction until the caller commits, and is gone if the caller
+/// rolls back, to a savepoint too. It never commits, rolls back or changes a setting that outlasts the call,
+/// and never repeats a statement on another connection.
 ///
-/// Bad input is refused before anything is sent, so it leaves the transaction usable. Any other
-/// error has aborted it, except where a method says otherwise, and except that a trigger has
-/// discarded a row: roll back then.
+/// Invalid input is refused before anything is sent, and leaves the transaction usable. Any other error
+/// has aborted it, unless a method says otherwise: roll back then.
 ///
 /// # Or `project`?
 ///
 /// [`project`](super::PostgresCheckpointStore::project) is one call that begins, locks, saves, commits and
-/// tries again. This is for a transaction that is there already, and for several projections in one.
+/// retries. This is for a transaction that exists already, and for several projections in one.
 ///
 /// Do not call the store itself for a projection that your own open transaction holds: `store.save` waits
 /// for that transaction, which waits for your thread. Neither this crate nor PostgreSQL can see that
-/// deadlock; see [`lock`](InTransaction::lock) for how to bound the wait. After a ROLLBACK by a statement of your own the save is a
-/// transaction by itself.
+/// deadlock; see [`lock`](InTransaction::lock) for how to bound the wait. After a ROLLBACK by a statement of
+/// your own, the save is a transaction by itself.
 ///
 /// # Save last, and return on `Err`
 ///
-/// A failed statement aborts a PostgreSQL transaction, and a `COMMIT` then rolls back. The
-/// `commit` method of the `postgres` crate returns `Ok` all the same. So let `?` carry every error
-/// out of the function that owns the transaction, and make the save its last statement: if the
-/// save succeeded and nothing followed, there was nothing to abort it.
+/// A failed statement aborts a PostgreSQL transaction, and a `COMMIT` then rolls back. The `commit` method of
+/// the `postgres` crate returns `Ok` nevertheless. Therefore let `?` carry every error out of the function
+/// that owns the transaction, and make the save its last statement: if the save has succeeded and nothing
+/// follows, nothing has aborted the transaction.
 ///
 /// # Examples
 ///
@@ -81,8 +79,8 @@ impl fmt::Debug for InTransaction<'_, '_> {
 impl InTransaction<'_, '_> {
     /// The projection's checkpoint as this transaction sees it, or `None`. One round trip.
     ///
-    /// It holds nothing: another worker may move the checkpoint before the commit. To go on from
-    /// what was read use [`lock`](InTransaction::lock) or [`advance`](InTransaction::advance).
+    /// It locks nothing: another worker may move the checkpoint before the commit. To continue from what was
+    /// read use [`lock`](InTransaction::lock) or [`advance`](InTransaction::advance).
     ///
     /// # Errors
     ///
@@ -141,8 +139,8 @@ impl InTransaction<'_, '_> {
 
     /// Sets the checkpoint, forwards or back, from the commit on. One round trip.
     ///
-    /// It holds the projection until the transaction ends: another writer of the same projection
-    /// waits. `updated_at` is the moment of this call, not the start of the transaction.
+    /// It holds the row lock until the transaction ends, and another writer of the same projection waits.
+    /// `updated_at` is the time of this call, not of the start of the transaction.
     ///
     /// # Errors
     ///
@@ -165,8 +163,8 @@ impl InTransaction<'_, '_> {
             .map_err(|cause| self.failed("save", self.queries.about(projection), cause))
     }
 
-    /// Saves several checkpoints; of a name given twice the last one stays. One round trip, none
-    /// for no checkpoints.
+    /// Saves several checkpoints. If a name is given twice, the last one counts. One round trip, and none for
+    /// an empty slice.
     ///
     /// # Errors
     ///
@@ -189,18 +187,18 @@ impl InTransaction<'_, '_> {
             .map_err(|cause| self.failed("save_many", self.queries.about_many(checkpoints), cause))
     }
 
-    /// Moves the checkpoint to `to`, only if it still is at `from`. One round trip, and one or two
-    /// more when there is no checkpoint yet or it is elsewhere.
+    /// Moves the checkpoint to `to`, only if it is still at `from`. One round trip, and one or two more if
+    /// there is no checkpoint yet or it is elsewhere.
     ///
-    /// It waits for another transaction that holds the projection, and then compares with what
-    /// that one left. A `Conflict` leaves the transaction usable, but the work of this batch has
-    /// been done by somebody else: roll it back.
+    /// It waits for another transaction that holds the row lock, and then compares with what that one has
+    /// left. A `Conflict` leaves the transaction usable, but another worker has done the work of this batch:
+    /// roll it back.
     ///
     /// # Errors
     ///
     /// As [`CheckpointStore::advance`](crate::CheckpointStore::advance). In a `REPEATABLE READ` or
-    /// `SERIALIZABLE` transaction a rival's commit is a serialization failure rather than a
-    /// `Conflict`: [`is_transient`](Error::is_transient).
+    /// `SERIALIZABLE` transaction, the commit of another worker is a serialization failure rather than a
+    /// `Conflict`; it [is transient](Error::is_transient).
     ///
     /// # Examples
     ///
@@ -220,7 +218,8 @@ impl InTransaction<'_, '_> {
             .or_conflict(projection, from)
     }
 
-    /// Forgets the projection, and says whether there was a checkpoint. One round trip.
+    /// Deletes the checkpoint, and returns whether there was one. One round trip, and a second one if there
+    /// was none.
     ///
     /// # Errors
     ///
@@ -256,8 +255,8 @@ impl InTransaction<'_, '_> {
     /// `store.save`: that call waits for this transaction, on the thread that is to commit it. Only
     /// `lock_timeout` ends such a wait.
     ///
-    /// Together with [`save`](InTransaction::save) and the commit, each event counts exactly once.
-    /// Call it first in the transaction: what was read before it may be out of date.
+    /// With [`save`](InTransaction::save) and the commit, each event is applied exactly once. Call it first in
+    /// the transaction: what was read before it may be out of date.
     ///
     /// # Errors
     ///
@@ -280,13 +279,13 @@ impl InTransaction<'_, '_> {
             .map_err(|cause| self.failed("lock", self.queries.about(projection), cause))
     }
 
-    /// As [`lock`](InTransaction::lock), but `None` at once when another transaction has the
-    /// projection, even while that one is still creating it. One round trip when the projection
-    /// is free; two when another has it, a few when it has to be created.
+    /// Like [`lock`](InTransaction::lock), but returns `None` immediately if another transaction has locked the
+    /// projection, or is creating it. One round trip if the projection is free, two if it is locked, five if it
+    /// has to be created.
     ///
-    /// `None` leaves the transaction usable. It never waits for another transaction's row. It does
-    /// wait for a lock on the whole table, as `VACUUM FULL` takes it; while the table may only be
-    /// read, as under `CREATE INDEX`, a projection that would have to be created is `None` too.
+    /// `None` leaves the transaction usable. It never waits for the row lock of another transaction. It does
+    /// wait for a lock on the whole table, such as that of `VACUUM FULL`; while the table can only be read, as
+    /// during `CREATE INDEX`, it returns `None` for a projection that would have to be created.
     ///
     /// # Errors
     ///
@@ -327,7 +326,7 @@ impl InTransaction<'_, '_> {
     }
 }
 
-/// What is left of `try_lock` if no row was free: creates the row if there is none.
+/// The rest of `try_lock` if no row was free: creates the row if there is none.
 ///
 /// To create it is to wait for any other transaction that is creating it: here a millisecond, the shortest
 /// time that PostgreSQL knows. The savepoint keeps a time-out from aborting the caller's transaction. The
