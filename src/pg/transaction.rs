@@ -241,12 +241,13 @@ impl InTransaction<'_, '_> {
             .map_err(|cause| self.failed("delete", self.queries.about(projection), cause))
     }
 
-    /// Takes the projection for this transaction, and returns its offset. One round trip, two when
-    /// the checkpoint has to be created.
+    /// Locks the projection for this transaction, and returns its offset. One round trip, two if the
+    /// checkpoint has to be created.
     ///
-    /// Creates the checkpoint at 0 when there is none. A `delete` that commits while a worker waits
-    /// here makes that worker begin at 0. Of two workers on one projection the second
-    /// waits here until the first one's transaction ends, and then sees the offset that it left.
+    /// It creates the checkpoint at 0 if there is none. When two workers lock one projection, the second waits
+    /// until the transaction of the first ends, and then sees the offset that the first has left. If a `delete`
+    /// commits while a worker waits here, that worker begins at 0.
+    ///
     /// It waits as long as that takes. `SET LOCAL lock_timeout = '5s'` bounds the wait in this transaction, and
     /// `options='-c lock_timeout=5s'` in the connection parameters bounds it in all of them. The error of a
     /// wait that is too long [is transient](Error::is_transient).
