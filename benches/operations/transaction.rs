@@ -16,7 +16,7 @@ pub(crate) fn benchmark(criterion: &mut Criterion) {
                 let mut batches = None;
                 group.bench_function(BenchmarkId::new(name, events), |bencher| {
                     let batches = batches.get_or_insert_with(|| {
-                        Batches::new(server, i64::try_from(events).expect("not so many"))
+                        Batches::new(&server.params(), i64::try_from(events).expect("not so many"))
                     });
                     bencher.iter(|| batches.process(saved_by));
                 });

@@ -46,6 +46,7 @@ fn main() {
         for (durability, server) in SERVERS {
             project::print(durability, server, 1);
             project::print(durability, server, 100);
+            project::print_at_a_distance(durability, server);
             project::print_statements(durability, server);
         }
     }
@@ -155,7 +156,7 @@ fn print_saves(durability: &str, saves: &Measured) {
 fn transactions(durability: &str, server: &Server) {
     let (ours, by_hand, without) = ("with ours", "with one by hand", "without");
     let candidate = |name, saved_by| {
-        let mut batches = Batches::new(server, 100);
+        let mut batches = Batches::new(&server.params(), 100);
         Candidate::new(name, 10, move || batches.process(saved_by))
     };
     let measured = side_by_side_anew(rounds(300), || {

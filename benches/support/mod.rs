@@ -6,6 +6,7 @@
 #[path = "../../tests/it/harness/mod.rs"]
 mod harness;
 
+mod distance;
 mod saves;
 mod threads;
 mod transaction;
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use checkpoint_store::{Cadence, PostgresCheckpointStore};
 
+pub(crate) use distance::at_a_distance;
 pub(crate) use harness::{Options, Server, client, wait_until};
 pub(crate) use saves::{
     BARE_PREPARED, BARE_TYPED, BY_HAND, GROUPED, OURS, PREPARED, ROUND_TRIP, Save, Turns, WAYS, Way,

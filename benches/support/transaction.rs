@@ -2,8 +2,8 @@ use checkpoint_store::postgres::types::Type;
 use checkpoint_store::postgres::{Client, Statement, Transaction};
 use checkpoint_store::{CheckpointStore, PostgresCheckpointStore};
 
+use super::client;
 use super::saves::SAVE;
-use super::{Server, client, store};
 
 /// Batches of events for a read model, each processed in a transaction.
 pub(crate) struct Batches {
@@ -23,8 +23,8 @@ pub(crate) enum SavedBy {
 }
 
 impl Batches {
-    pub(crate) fn new(server: &Server, events: i64) -> Self {
-        let mut client = client(&server.params());
+    pub(crate) fn new(params: &str, events: i64) -> Self {
+        let mut client = client(params);
         client
             .batch_execute(
                 "CREATE TABLE IF NOT EXISTS totals (customer bigint PRIMARY KEY, amount bigint);
@@ -34,7 +34,8 @@ impl Batches {
             .expect("a read model");
         let customers = (0..events).map(|event| event % 100).collect();
         let amounts = (0..events).collect();
-        Self { client, store: store(server), customers, amounts, offset: 0 }
+        let store = PostgresCheckpointStore::connect(params).expect("a store");
+        Self { client, store, customers, amounts, offset: 0 }
     }
 
     /// Begin, apply the batch in one statement, save, commit.
@@ -83,16 +84,17 @@ pub(crate) struct Projected {
     projection: &'static str,
 }
 
-const LOCK: &str = include_str!("../../sql/lock.sql");
+const LOCK: &str =
+    "SELECT \"offset\" FROM projection_checkpoints WHERE projection_name = $1 FOR UPDATE";
 
 impl Projected {
     /// `projection` is one of its own, for a row of its own.
-    pub(crate) fn new(server: &Server, events: i64, projection: &'static str) -> Self {
-        let batches = Batches::new(server, events);
+    pub(crate) fn new(params: &str, events: i64, projection: &'static str) -> Self {
+        let batches = Batches::new(params, events);
         batches.store.save(projection, 0).expect("a checkpoint");
         let prepared = PostgresCheckpointStore::builder()
             .prepared_statements(true)
-            .connect(&server.params())
+            .connect(params)
             .expect("a store");
         Self { batches, prepared, by_hand: None, projection }
     }
