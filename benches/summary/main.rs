@@ -15,6 +15,7 @@ mod paired;
 mod picture;
 mod project;
 mod report;
+mod wake;
 
 use std::hint::black_box;
 
@@ -89,6 +90,13 @@ fn main() {
             memory(threads);
         }
     }
+    if wanted("wake") {
+        for count in [1, 8] {
+            wake::print_appends(count);
+        }
+        println!();
+        wake::print_latency();
+    }
     if wanted("cadence") {
         println!();
         cadence::print_table();
@@ -102,7 +110,7 @@ fn main() {
 
 /// Whether a part of the table is asked for; none named is all of them.
 fn wanted(part: &str) -> bool {
-    const PARTS: [&str; 9] = [
+    const PARTS: [&str; 10] = [
         "save",
         "project",
         "transaction",
@@ -111,6 +119,7 @@ fn wanted(part: &str) -> bool {
         "save_many",
         "scale",
         "memory",
+        "wake",
         "cadence",
     ];
     has_argument(part) || !PARTS.into_iter().any(has_argument)
