@@ -34,8 +34,8 @@ use checkpoint_store::{
 };
 
 const CADENCE: Cadence = Cadence::every(500).or_within(Duration::from_secs(1));
-/// How many events may be begun and not complete: a slow one holds up no more than these.
-const WINDOW: usize = 1_000;
+/// How far the reader may be ahead of the watermark: behind a slow event no more than these are handled.
+const WINDOW: i64 = 1_000;
 const ATTEMPTS: u32 = 5;
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -89,7 +89,7 @@ impl Job<'_> {
         let has_failed = || workers.iter().any(ScopedJoinHandle::is_finished);
         let is_over = || STOP.load(Ordering::Relaxed) || has_failed();
         for event in checkpointer.offset() + 1..=last {
-            while self.watermark.in_flight() >= WINDOW && !is_over() {
+            while event - checkpointer.offset() > WINDOW && !is_over() {
                 thread::sleep(PAUSE);
                 self.checkpoint(checkpointer)?;
             }
@@ -119,7 +119,10 @@ impl Job<'_> {
             checkpointer.save_if_due()
         };
         match save() {
-            Err(error) if error.is_transient() => eprintln!("saved later: {}", error.report()),
+            Err(error) if error.is_transient() => {
+                eprintln!("saved later: {}", error.report());
+                thread::sleep(100 * PAUSE);
+            }
             saved => drop(saved?),
         }
         Ok(())
@@ -139,7 +142,7 @@ fn run() -> Result<()> {
     let mut checkpointer = Checkpointer::resume(store, "threaded-batch", CADENCE)?;
     println!("resumes after event {}", checkpointer.offset());
     let watermark = Watermark::starting_at(checkpointer.offset());
-    let (to_workers, queue) = sync_channel(WINDOW);
+    let (to_workers, queue) = sync_channel(usize::try_from(WINDOW)?);
     let job = &Job { watermark, queue: Mutex::new(queue), database: database.as_ref() };
     let ended = thread::scope(|scope| {
         let workers: Vec<_> = (0..workers.max(1)).map(|_| scope.spawn(|| job.work())).collect();

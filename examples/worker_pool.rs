@@ -4,7 +4,8 @@
 
 use checkpoint_store::{Batch, CheckpointStore, PostgresCheckpointStore, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::{collections::HashMap, env, process::ExitCode, thread, time::Duration};
+use std::time::{Duration, Instant};
+use std::{collections::HashMap, env, process::ExitCode, thread};
 
 const TENANTS: i64 = 30;
 const THREADS: [i64; 3] = [0, 10, 20]; // the tenant that each begins with, so that they seldom meet
@@ -33,8 +34,10 @@ const APPLY: &str = "
 
 static STOP: AtomicBool = AtomicBool::new(false);
 
+type Failures = HashMap<i64, Instant>; // a projection that has failed pauses for a second
+
 /// Goes once over all projections, and returns how many of them have moved.
-fn round(store: &PostgresCheckpointStore, first: i64) -> Result<usize> {
+fn round(store: &PostgresCheckpointStore, first: i64, failures: &mut Failures) -> Result<usize> {
     // Two reads find out which are behind. To take each of them would cost far more.
     let head = store.connection()?.query_one("SELECT COALESCE(max(id), 0) FROM sales", &[])?;
     let (head, all): (i64, _) = (head.get(0), store.all()?.into_iter());
@@ -43,7 +46,8 @@ fn round(store: &PostgresCheckpointStore, first: i64) -> Result<usize> {
     for tenant in (0..TENANTS).map(|number| (first + number) % TENANTS) {
         let name = format!("revenue/{tenant}");
         let is_behind = checkpoints.get(&name).copied().unwrap_or(0) < head;
-        if !is_behind || STOP.load(Ordering::Relaxed) {
+        let pauses = failures.get(&tenant).is_some_and(|at| at.elapsed() < Duration::from_secs(1));
+        if !is_behind || pauses || STOP.load(Ordering::Relaxed) {
             continue;
         }
         let batch = store.try_project(&name, |tx, offset| {
@@ -56,15 +60,19 @@ fn round(store: &PostgresCheckpointStore, first: i64) -> Result<usize> {
                 moved += 1;
             }
             Ok(_) => {} // another worker has it, or has done it
-            Err(error) => eprintln!("{name} is left for the next round: {}", error.report()),
+            Err(error) => {
+                eprintln!("{name} is left for a later round: {}", error.report());
+                failures.insert(tenant, Instant::now());
+            }
         }
     }
     Ok(moved)
 }
 
 fn work(store: &PostgresCheckpointStore, first: i64) -> Result<()> {
+    let mut failures = Failures::new();
     while !STOP.load(Ordering::Relaxed) {
-        match round(store, first) {
+        match round(store, first, &mut failures) {
             Ok(0) => thread::sleep(Duration::from_millis(200)), // nothing new
             Ok(_) => {}
             Err(error) if !error.is_transient() => return Err(error),

@@ -238,5 +238,5 @@ fn what_it_cannot_work_with_is_named() {
 #[test]
 fn it_can_be_read_at_one_sitting() {
     let lines = include_str!("../../examples/threaded_batch.rs").lines().count();
-    assert!(lines <= 180, "{lines}");
+    assert!(lines <= 185, "{lines}");
 }

@@ -90,7 +90,7 @@ fn a_projection_that_another_worker_has_or_that_fails_holds_up_no_other() {
 
     let last = append(&mut client, 2_000);
     running.wait_until("all others are there", || arrived(&mut client, last) == TENANTS - 2);
-    running.wait_until_it_complains("revenue/7 is left for the next round: ");
+    running.wait_until_it_complains("revenue/7 is left for a later round: ");
     check(&mut client);
 
     tx.rollback().unwrap();
@@ -99,6 +99,31 @@ fn a_projection_that_another_worker_has_or_that_fails_holds_up_no_other() {
     check(&mut client);
     running.interrupt();
     success(&running.output());
+}
+
+#[test]
+fn while_every_projection_fails_each_is_tried_about_once_a_second() {
+    let url = harness::fresh_database();
+    let mut client = harness::client(&url);
+    let mut running = Running::start(&mut worker_pool(&url));
+    running.wait_until("the first events are there", || arrived(&mut client, 900) == TENANTS);
+    client
+        .batch_execute(
+            "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql
+                 AS 'BEGIN RAISE ''no space left'' USING ERRCODE = ''53100''; END';
+             CREATE TRIGGER full_disk BEFORE UPDATE OR INSERT ON projection_checkpoints
+                 FOR EACH ROW EXECUTE FUNCTION full_disk();",
+        )
+        .unwrap();
+    append(&mut client, 100);
+    running.wait_until_it_complains("revenue/7 is left for a later round: ");
+    let begun = std::time::Instant::now();
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    running.interrupt();
+    let told = harness::stderr(&running.output());
+    let seconds = begun.elapsed().as_secs() + 2; // one begun before, one not over
+    let most = usize::try_from(seconds).unwrap() * 3 * usize::try_from(TENANTS).unwrap();
+    assert!(told.lines().count() <= most, "{} lines", told.lines().count());
 }
 
 #[test]
