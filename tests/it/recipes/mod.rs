@@ -1,4 +1,10 @@
-//! The recipes of the guide, tried as they stand there: each piece of its code is a piece of this file.
+//! The code of the guide, tried as it stands there: each piece of it is a piece of these files.
+
+mod names;
+mod operating;
+mod own_pool;
+mod two_read_models;
+mod waking;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -10,7 +16,14 @@ use checkpoint_store::{Batch, CheckpointStore, Error, PostgresCheckpointStore, R
 use crate::documentation::blocks;
 use crate::harness::{self, wait_for_a_waiter};
 
-const GUIDE: &str = include_str!("../../src/guide/recipes.md");
+const GUIDE: &str = include_str!("../../../src/guide/recipes.md");
+const OPERATIONS: &str = include_str!("../../../src/guide/operations.md");
+
+/// The SQL of a page that has this text in it.
+fn sql_with(page: &str, text: &str) -> String {
+    let found = blocks(page, "sql").into_iter().find(|block| block.contains(text));
+    found.unwrap_or_else(|| panic!("no SQL has `{text}` in it"))
+}
 
 /// A store, its database with the guide's stream of events in it, and a connection of its own.
 fn store_and_stream() -> (PostgresCheckpointStore, Client) {
@@ -41,6 +54,14 @@ fn number(client: &mut Client, sql: &str) -> i64 {
     client.query_one(sql, &[]).unwrap().get(0)
 }
 
+#[track_caller]
+fn each_event_counts_once(client: &mut Client) {
+    let wrong = "SELECT count(*) FROM order_totals t
+                 FULL JOIN (SELECT order_id, sum(amount) AS total FROM events GROUP BY 1) e
+                 USING (order_id) WHERE t.total IS DISTINCT FROM e.total";
+    assert_eq!(number(client, wrong), 0);
+}
+
 /// Until it is told, or somebody has failed to.
 fn until_done(done: &AtomicBool, mut work: impl FnMut()) {
     let deadline = Instant::now() + Duration::from_secs(60);
@@ -56,17 +77,28 @@ fn until_nothing_is_new(mut project: impl FnMut() -> Result<Option<i64>>) {
 #[test]
 fn the_code_of_the_guide_is_the_code_that_is_tried() {
     let without_blanks = |text: &str| text.split_whitespace().collect::<String>();
-    let tried = without_blanks(include_str!("recipes.rs"));
-    let pieces: Vec<_> = blocks(GUIDE, "rust,no_run")
-        .into_iter()
-        .chain(blocks(GUIDE, "rust"))
-        .map(|block| {
-            let lines = block.lines().filter(|line| !line.starts_with("use "));
-            lines.collect::<Vec<_>>().join("\n").trim().to_owned()
-        })
-        .collect();
-    assert_eq!(pieces.len(), 8);
+    let tried = without_blanks(
+        &[
+            include_str!("mod.rs"),
+            include_str!("names.rs"),
+            include_str!("operating.rs"),
+            include_str!("own_pool.rs"),
+            include_str!("two_read_models.rs"),
+            include_str!("waking.rs"),
+        ]
+        .concat(),
+    );
+    let mut pieces = Vec::new();
+    for page in [GUIDE, OPERATIONS] {
+        for language in ["rust,no_run", "rust"] {
+            pieces.extend(blocks(page, language));
+        }
+    }
+    pieces.retain(|piece| !piece.contains("connect_tls")); // tried in `tls`
+    assert_eq!(pieces.len(), 13);
     for piece in pieces {
+        let lines = piece.lines().filter(|line| !line.starts_with("use "));
+        let piece = lines.collect::<Vec<_>>().join("\n");
         assert!(tried.contains(&without_blanks(&piece)), "{piece}");
     }
 }
@@ -120,9 +152,10 @@ fn is_split(tx: &mut Transaction<'_>) -> Result<bool> {
 
 /// The worker from before, ten events at a time.
 fn apply_unless_split(tx: &mut Transaction<'_>, offset: i64) -> Result<Option<i64>> {
-    if is_split(tx)? {
-        return Ok(None);
-    }
+    if is_split(tx)? { Ok(None) } else { apply_ten(tx, offset) }
+}
+
+fn apply_ten(tx: &mut Transaction<'_>, offset: i64) -> Result<Option<i64>> {
     let sql = "WITH batch AS (SELECT * FROM events WHERE id > $1 ORDER BY id LIMIT 10),
                     applied AS (INSERT INTO order_totals AS t (order_id, total)
                                 SELECT order_id, sum(amount) FROM batch GROUP BY order_id
@@ -161,10 +194,7 @@ fn a_projection_is_split_into_segments_while_its_worker_runs() {
     for segment in 0..4 {
         assert_eq!(store.get(&format!("orders/{segment}")).unwrap(), head);
     }
-    let wrong = "SELECT count(*) FROM order_totals t
-                 FULL JOIN (SELECT order_id, sum(amount) AS total FROM events GROUP BY 1) e
-                 USING (order_id) WHERE t.total IS DISTINCT FROM e.total";
-    assert_eq!(number(&mut client, wrong), 0);
+    each_event_counts_once(&mut client);
 }
 
 fn switch(store: &PostgresCheckpointStore, stream_head: i64) -> Result<bool> {
@@ -284,7 +314,7 @@ fn a_projection_pauses_while_its_row_is_held_in_psql() {
     let (store, mut client) = store_and_stream();
     store.save("orders", 0).unwrap();
     append(&mut client, 10, "i", "i");
-    let pause = &blocks(GUIDE, "sql")[1];
+    let pause = sql_with(GUIDE, "look around");
     let (hold, release) = pause.split_once("COMMIT;").unwrap();
     assert_eq!(release.trim(), "");
     client.batch_execute(hold).unwrap();
