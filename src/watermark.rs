@@ -29,7 +29,7 @@ use crate::{Error, Result};
 /// use checkpoint_store::{
 ///     Cadence, CheckpointStore, Checkpointer, MemoryCheckpointStore, Result, Watermark,
 /// };
-/// use std::{sync::Mutex, thread};
+/// use std::{sync::Mutex, thread, time::Duration};
 ///
 /// let store = MemoryCheckpointStore::new();
 /// let checkpointer = Checkpointer::resume(&store, "orders", Cadence::every(10))?;
@@ -48,7 +48,7 @@ use crate::{Error, Result};
 ///         watermark.complete(offset)?;
 ///         let saved = checkpointer.lock().expect("no panic").processed(watermark.offset());
 ///         match saved {
-///             Err(error) if error.is_transient() => {} // stays due: the next event tries again
+///             Err(error) if error.is_transient() => thread::sleep(Duration::from_secs(1)), // stays due
 ///             saved => drop(saved?),
 ///         }
 ///     }

@@ -16,7 +16,7 @@ use super::errors::{
     Cause, ErrorClass, Outcome, Rivals, failure, no_connection, postgres_error, sql_state,
 };
 use super::prepared::name_the_pooler;
-use super::queries::{LockedRow, NOT_SAVED, Queries};
+use super::queries::{LockedRow, Queries};
 use super::retry::Next;
 use super::session::{Cached, Parameters, Query, Session, StatementCache, Uncached, is_stale};
 use crate::validate::{validate_offset, validate_projection};
@@ -473,9 +473,7 @@ impl<'a> Attempt<'a> {
                 let subject = self.queries.about(self.projection);
                 Failed::InClosure(failure("apply", subject, SWALLOWED))
             }
-            Some(&SqlState::DIVISION_BY_ZERO) if step == "save" => {
-                Failed::At(step, NOT_SAVED.into())
-            }
+            Some(&SqlState::DIVISION_BY_ZERO) => Failed::At("save", NotSaved(cause).into()),
             Some(&SqlState::UNIQUE_VIOLATION) if step == "save" && row == LockedRow::Absent => {
                 self.creates_first = true;
                 Failed::At(step, Rivals.into())
@@ -523,6 +521,14 @@ impl<'a> Attempt<'a> {
 }
 
 const SWALLOWED: &str = "a statement has failed in the closure, which has not returned its error";
+
+/// The guard in the message that saves and commits has failed.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the server wrote no row, or another checkpoint than it was given: a trigger, rule or policy discards or \
+     alters it, or the closure has deleted it or ended the transaction"
+)]
+struct NotSaved(#[source] Cause);
 
 #[derive(Debug, thiserror::Error)]
 #[error(

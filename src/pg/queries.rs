@@ -340,10 +340,6 @@ impl Advance {
 const NOTHING_WRITTEN: &str = "the server wrote no row, or another checkpoint than it was given: a trigger, \
                                rule or policy discards or alters it";
 
-/// What is said of the save of `project`, whose row is locked.
-pub(crate) const NOT_SAVED: &str = "the server wrote no row, or another checkpoint than it was given: a trigger, \
-                                    rule or policy discards or alters it, or the closure has deleted it";
-
 const NOTHING_HAPPENS: &str = "the server wrote no row: a trigger, rule or policy discards it, or other clients have created and \
      deleted it at each of several attempts";
 
