@@ -1,9 +1,8 @@
 //! Handles the lines of a file in several threads, each at least once, and resumes where it stopped.
 //!
 //! ```text
-//! cargo run --release --example threaded_batch                   # 200,000 lines, a file of its own
-//! export DATABASE_URL=postgres://app:secret@localhost/app        # the checkpoint in PostgreSQL
-//! cargo run --release --example threaded_batch -- orders.txt 16  # 16 workers; kill it, run it again
+//! cargo run --release --example threaded_batch  # a file of 200,000 lines of its own, the checkpoint in memory
+//! DATABASE_URL=postgres://app:secret@localhost/app cargo run --release --example threaded_batch -- orders.txt 16
 //! ```
 //!
 //! It is for work outside of the database; for work in it see `exactly_once.rs`. A line's offset is the byte
@@ -17,12 +16,11 @@ use std::thread::{JoinHandle, sleep, spawn};
 use std::{env, mem, process, str, sync::Mutex, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use checkpoint_store::{Cadence, CheckpointStore, Checkpointer, Error, Watermark};
+use checkpoint_store::{Cadence, CheckpointStore, Checkpointer, Retry, Watermark};
 use checkpoint_store::{MemoryCheckpointStore, PostgresCheckpointStore};
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// How many bytes the reader may be ahead of the checkpoint: more than are handled between two saves.
-/// It bounds the memory, and what a crash repeats, also while the database is away.
+/// How many bytes the reader may be ahead of the checkpoint. It bounds memory, and what a crash repeats.
 const WINDOW: u64 = 32 << 20;
 const SAVE_INTERVAL: Duration = Duration::from_millis(250);
 const ATTEMPTS: u32 = 3;
@@ -106,10 +104,7 @@ impl Job {
             is_last = workers.iter().all(JoinHandle::is_finished);
             let done = self.watermark.offset();
             output.sync_data()?; // what is saved as done survives a power failure
-            match to.processed(done) {
-                Err(error) if error.is_transient() => say_what_it_waits_for(&error, &self.bar),
-                saved => drop(saved?),
-            }
+            to.processed(done).or_else(|it| if it.is_transient() { Ok(false) } else { Err(it) })?;
             SAVED.store(to.saved().unsigned_abs(), SeqCst);
         }
         workers.into_iter().try_for_each(|worker| worker.join().expect("no panic"))
@@ -136,15 +131,17 @@ fn is_growing(file: &File) -> Result<bool> {
     Ok(file.metadata()?.modified()?.elapsed().is_ok_and(|age| age < Duration::from_secs(2)))
 }
 
-fn say_what_it_waits_for(error: &Error, bar: &ProgressBar) {
-    bar.suspend(|| eprintln!("waits for the database: {}", error.report()));
+fn say_what_it_waits_for(retry: &Retry<'_>, bar: &ProgressBar) {
+    if retry.attempt == 1 {
+        bar.suspend(|| eprintln!("waits for the database: {}", retry.error.report()));
+    }
 }
 
-fn store() -> Result<Box<dyn CheckpointStore>> {
-    let Ok(url) = env::var("DATABASE_URL") else {
-        return Ok(Box::new(MemoryCheckpointStore::new()));
-    };
-    let store = PostgresCheckpointStore::connect(&url)?;
+fn store(bar: ProgressBar) -> Result<Box<dyn CheckpointStore>> {
+    let url = env::var("DATABASE_URL");
+    let Ok(url) = url else { return Ok(Box::new(MemoryCheckpointStore::new())) };
+    let say = move |retry: &Retry<'_>| say_what_it_waits_for(retry, &bar);
+    let store = PostgresCheckpointStore::builder().on_retry(say).connect(&url)?;
     store.migrate()?;
     Ok(Box::new(store))
 }
@@ -162,8 +159,10 @@ fn main() -> Result<()> {
     let path = fs::canonicalize(&path).context(path)?.display().to_string();
     let workers = arguments.next().map_or(Ok(4), |it| it.parse()).context("number of workers")?;
     let mut file = BufReader::new(File::open(&path)?);
-    let checkpointer = Checkpointer::resume(store()?, &path, Cadence::every(1))?;
-    let (offset, length) = (checkpointer.offset().unsigned_abs(), file.get_ref().metadata()?.len());
+    let length = file.get_ref().metadata()?.len();
+    let bar = ProgressBar::new(length);
+    let checkpointer = Checkpointer::resume(store(bar.clone())?, &path, Cadence::every(1))?;
+    let offset = checkpointer.offset().unsigned_abs();
     println!("{path}: resumes behind byte {offset} of {length}");
     ensure!(offset <= length, "the file is shorter than its checkpoint");
     SAVED.store(offset, SeqCst);
@@ -172,7 +171,8 @@ fn main() -> Result<()> {
     let start = if file.fill_buf()?.starts_with(b"\n") { offset } else { 0 };
     file.seek(SeekFrom::Start(start))?;
     let watermark = Watermark::starting_at(checkpointer.offset());
-    let bar = ProgressBar::new(length).with_position(offset);
+    bar.update(|state| state.set_pos(offset));
+    bar.reset_eta();
     bar.set_style(ProgressStyle::with_template("{bar} {percent} %, {eta} left, {wide_msg}")?);
     let job: &Job = Box::leak(Box::new(Job { path, file: Mutex::new(file), watermark, bar }));
     ctrlc::set_handler(|| {
