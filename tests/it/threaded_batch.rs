@@ -360,15 +360,15 @@ fn a_file_that_is_shorter_than_its_checkpoint_is_refused() {
 #[test]
 fn a_last_line_without_a_newline_is_handled_whole_again_when_it_has_grown() {
     let database = Database::fresh();
-    let mut input = Input::new("one\ntwo\nthr");
-    assert_eq!(database.run(&input, 4), Told::all(3, &input));
+    // It ends within a character: neither half of the line could be handled by itself.
+    let mut input = Input::new(b"one\ntwo\nthr\xc3".to_vec());
+    assert_eq!(database.run(&input, 4), Told { put_aside: 1, ..Told::all(3, &input) });
     assert_eq!(database.run(&input, 4), Told::all(0, &input), "it has not grown");
-    input.append(b"ee\nfour\nfi");
+    input.append(b"\xa4\nfour\nfi");
     assert_eq!(database.run(&input, 4), Told::all(3, &input));
     input.append(b"ve");
     assert_eq!(database.run(&input, 4), Told::all(1, &input));
-    database.prove(&input);
-    assert_eq!(input.written("out"), b"ONE\nTWO\nTHREE\nFOUR\nFIVE");
+    assert_eq!(database.prove(&input), input.bytes.len());
 }
 
 #[test]
