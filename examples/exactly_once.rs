@@ -1,5 +1,5 @@
 //! Two projections of one stream, each event exactly once in each. Copy it, and put in your own tables.
-//! `DATABASE_URL=postgres://.. cargo run --example exactly_once`; Ctrl-C ends it, and `kill -9` may.
+//! `DATABASE_URL=postgres://.. cargo run --example exactly_once`; Ctrl-C and SIGTERM end it, and `kill -9` may.
 
 use checkpoint_store::{PostgresCheckpointStore, Result};
 use std::sync::atomic::{AtomicBool, Ordering};

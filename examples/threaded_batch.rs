@@ -1,182 +1,200 @@
-//! Handles events in several threads, and never checkpoints past one that is not handled.
+//! Handles the lines of a file in several threads, each at least once, and resumes where it stopped.
 //!
 //! ```text
-//! cargo run --release --example threaded_batch               # 20,000 events, 4 workers, in memory
-//! cargo run --release --example threaded_batch -- 100000 16  # so many events, so many workers
-//!
-//! export DATABASE_URL=postgres://app:secret@localhost/app    # the checkpoint in PostgreSQL
-//! cargo run --release --example threaded_batch -- 100000     # Ctrl-C or kill it, and run it again
+//! cargo run --release --example threaded_batch  # a file of 200,000 lines of its own, the checkpoint in memory
+//! DATABASE_URL=postgres://app:secret@localhost/app cargo run --release --example threaded_batch -- orders.txt 16
 //! ```
 //!
-//! It is for work outside of the database, which cannot be committed together with its checkpoint. So
-//! each event is handled at least once. (Inside of the database do as `exactly_once.rs` does.)
-//!
-//! * The main thread begins each event in the [`Watermark`], in the order of the stream, and queues it.
-//!   It tells the [`Checkpointer`] how far the watermark has come.
-//! * A worker takes an event, handles it, again after a while if that fails, and completes it. The
-//!   watermark stays before an event that is not complete, whatever comes after it.
-//!
-//! A worker that cannot handle its event ends the run, and the next run begins before that event. A job
-//! that must go on puts such an event aside, where somebody will look at it, and completes it.
+//! It is for work outside of the database; for work in it see `exactly_once.rs`. A line's offset is the byte
+//! position behind it: a restart seeks there, and the file's length is the stream head. The path is the projection.
 
-use std::process::{self, ExitCode};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Mutex, PoisonError};
-use std::thread::{self, ScopedJoinHandle};
-use std::time::Duration;
-use std::{env, panic};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::thread::{JoinHandle, sleep, spawn};
+use std::{env, mem, process, str, sync::Mutex, time::Duration};
 
-use anyhow::{Context as _, Result, ensure};
-use checkpoint_store::{
-    Cadence, CheckpointStore, Checkpointer, MemoryCheckpointStore, PostgresCheckpointStore,
-    Watermark,
-};
+use anyhow::{Context as _, Result, anyhow, ensure};
+use checkpoint_store::{Cadence, CheckpointStore, Checkpointer, Retry, Watermark};
+use checkpoint_store::{MemoryCheckpointStore, PostgresCheckpointStore};
+use indicatif::{ProgressBar, ProgressStyle};
 
-const CADENCE: Cadence = Cadence::every(500).or_within(Duration::from_secs(1));
-/// How far the reader may be ahead of the watermark: behind a slow event no more than these are handled.
-const WINDOW: i64 = 1_000;
-const ATTEMPTS: u32 = 5;
+/// How many bytes the reader may be ahead of the checkpoint. It bounds memory, and what a crash repeats.
+const WINDOW: u64 = 32 << 20;
+const SAVE_INTERVAL: Duration = Duration::from_millis(250);
+const ATTEMPTS: u32 = 3;
 const PAUSE: Duration = Duration::from_millis(10);
+/// How many lines that failed are put aside. One more ends the run; with 0 the first one does.
+const MAX_PUT_ASIDE: u64 = 100;
 
 static STOP: AtomicBool = AtomicBool::new(false);
+static SAVED: AtomicU64 = AtomicU64::new(0); // the checkpoint
+static LINES: AtomicU64 = AtomicU64::new(0);
+static REPEATED: AtomicU64 = AtomicU64::new(0);
+static PUT_ASIDE: AtomicU64 = AtomicU64::new(0);
 
-/// What the threads share.
-struct Job<'a> {
+type Workers = Vec<JoinHandle<Result<()>>>;
+struct Line(u64, u64, Vec<u8>); // start, end, and text, with its `\n` or `\r\n` if it has one
+
+/// The work, such as a call of a search index. A crash repeats it, so it must be idempotent: this writes
+/// the line in upper case, at its place, into another file. Returns whether the line was there already.
+fn handle(Line(start, end, text): &Line, output: &mut File) -> Result<bool> {
+    let (text, mut last) = (str::from_utf8(text)?.to_ascii_uppercase(), [0]);
+    output.seek(SeekFrom::Start(end - 1))?;
+    let is_there = output.read(&mut last)? == 1 && last != [0];
+    output.seek(SeekFrom::Start(*start))?;
+    output.write_all(text.as_bytes())?;
+    Ok(is_there)
+}
+
+struct Job {
+    path: String,
+    file: Mutex<BufReader<File>>,
     watermark: Watermark,
-    queue: Mutex<Receiver<i64>>,
-    database: Option<&'a PostgresCheckpointStore>,
+    bar: ProgressBar,
 }
 
-impl Job<'_> {
-    /// A worker. It ends when the queue is closed and empty.
-    fn work(&self) -> Result<()> {
-        let next = || self.queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        while let Ok(event) = next() {
-            let mut attempt = 1;
-            while let Err(error) = self.handle(event, attempt) {
-                if attempt == ATTEMPTS {
-                    return Err(error.context(format!("event {event} failed {ATTEMPTS} times")));
-                }
-                thread::sleep(PAUSE * attempt);
-                attempt += 1;
-            }
-            self.watermark.complete(event)?;
-        }
-        Ok(())
-    }
-
-    /// The work itself. An event may come twice, after a crash, and must do no harm then. This one
-    /// counts how often it came, if there is a database to count in.
-    fn handle(&self, event: i64, attempt: u32) -> Result<()> {
-        ensure!(event % 100 != 0 || attempt > 1, "busy, try again later");
-        if let Some(database) = self.database {
-            let count = "INSERT INTO handled AS h VALUES ($1, 1)
-                         ON CONFLICT (event) DO UPDATE SET times = h.times + 1";
-            database.connection()?.execute(count, &[&event])?;
-        }
-        Ok(())
-    }
-
-    /// The main thread: begins the events up to `last`, and checkpoints while they are completed.
-    fn feed(
-        &self,
-        last: i64,
-        to_workers: SyncSender<i64>,
-        workers: &[ScopedJoinHandle<'_, Result<()>>],
-        checkpointer: &mut Checkpointer<&dyn CheckpointStore>,
-    ) -> Result<()> {
-        let has_failed = || workers.iter().any(ScopedJoinHandle::is_finished);
-        let is_over = || STOP.load(Ordering::Relaxed) || has_failed();
-        for event in checkpointer.offset() + 1..=last {
-            while event - checkpointer.offset() > WINDOW && !is_over() {
-                thread::sleep(PAUSE);
-                self.checkpoint(checkpointer)?;
-            }
-            if is_over() {
+impl Job {
+    /// Reads a line and begins it, under one lock: lines begin in their order.
+    fn next(&self) -> Result<Option<Line>> {
+        let (mut file, mut text) = (self.file.lock().expect("no panic"), Vec::new());
+        while !STOP.load(SeqCst) {
+            let has_room = file.stream_position()? <= SAVED.load(SeqCst) + WINDOW;
+            if has_room && file.read_until(b'\n', &mut text)? == 0 && text.is_empty() {
                 break;
+            } else if !has_room || (!text.ends_with(b"\n") && is_growing(file.get_ref())?) {
+                sleep(PAUSE); // the rest of an unfinished line is appended to `text`
+                continue;
             }
-            self.watermark.begin(event)?;
-            to_workers.send(event)?;
-            self.checkpoint(checkpointer)?;
+            let (end, text) = (file.stream_position()?, mem::take(&mut text));
+            if self.watermark.begin(end.try_into()?).is_ok() {
+                return Ok(Some(Line(end - text.len() as u64, end, text)));
+            } // otherwise it ends at the checkpoint, or before
         }
-        drop(to_workers); // closes the queue
-        while !workers.iter().all(ScopedJoinHandle::is_finished) {
-            thread::sleep(PAUSE);
-            self.checkpoint(checkpointer)?;
-        }
-        Ok(())
+        Ok(None)
     }
 
-    fn checkpoint(&self, checkpointer: &mut Checkpointer<&dyn CheckpointStore>) -> Result<()> {
-        let mut save = || {
-            // Of each event, not of the last one alone: the checkpointer counts what it is told of.
-            for event in checkpointer.offset() + 1..=self.watermark.offset() {
-                if checkpointer.processed(event)? {
-                    println!("saved checkpoint {event}");
+    fn work(&self) -> Result<()> {
+        let mut output = self.open("out")?;
+        while let Some(line) = self.next()? {
+            let mut attempt = |number| {
+                sleep(PAUSE * number);
+                let outcome = catch_unwind(AssertUnwindSafe(|| handle(&line, &mut output)));
+                outcome.unwrap_or_else(|_| Err(anyhow!("panicked")))
+            };
+            match (1..ATTEMPTS).fold(attempt(0), |ended, next| ended.or_else(|_| attempt(next))) {
+                Ok(is_repeated) => drop(REPEATED.fetch_add(is_repeated.into(), SeqCst)),
+                Err(error) => {
+                    let reason = format!("bytes {} to {}: {error:#}\n", line.0, line.1);
+                    ensure!(PUT_ASIDE.fetch_add(1, SeqCst) < MAX_PUT_ASIDE, reason);
+                    self.open("aside")?.write_all(reason.as_bytes())?;
                 }
             }
-            checkpointer.save_if_due()
-        };
-        match save() {
-            Err(error) if error.is_transient() => {
-                eprintln!("saved later: {}", error.report());
-                thread::sleep(100 * PAUSE);
-            }
-            saved => drop(saved?),
+            self.watermark.complete(line.1.try_into()?)?;
+            LINES.fetch_add(1, SeqCst);
         }
         Ok(())
     }
-}
 
-fn run() -> Result<()> {
-    let (last, workers) = (argument(1, 20_000)?, argument(2, 4)?);
-    ctrlc::set_handler(|| {
-        if STOP.swap(true, Ordering::Relaxed) {
-            process::exit(1); // the second Ctrl-C does not wait
+    fn save(&self, mut to: Checkpointer<impl CheckpointStore>, workers: Workers) -> Result<()> {
+        let (output, mut is_last) = (self.open("out")?, false);
+        while !is_last || to.saved() < to.offset() {
+            sleep(SAVE_INTERVAL);
+            is_last = workers.iter().all(JoinHandle::is_finished);
+            let done = self.watermark.offset();
+            output.sync_data()?; // what is saved as done survives a power failure
+            to.processed(done).or_else(|it| if it.is_transient() { Ok(false) } else { Err(it) })?;
+            SAVED.store(to.saved().unsigned_abs(), SeqCst);
         }
-    })?;
-    let (memory, database) = (MemoryCheckpointStore::new(), database()?);
-    let store = database.as_ref().map_or(&memory as &dyn CheckpointStore, |database| database);
+        workers.into_iter().try_for_each(|worker| worker.join().expect("no panic"))
+    }
 
-    let mut checkpointer = Checkpointer::resume(store, "threaded-batch", CADENCE)?;
-    println!("resumes after event {}", checkpointer.offset());
-    let watermark = Watermark::starting_at(checkpointer.offset());
-    let (to_workers, queue) = sync_channel(usize::try_from(WINDOW)?);
-    let job = &Job { watermark, queue: Mutex::new(queue), database: database.as_ref() };
-    let ended = thread::scope(|scope| {
-        let workers: Vec<_> = (0..workers.max(1)).map(|_| scope.spawn(|| job.work())).collect();
-        let fed = job.feed(last, to_workers, &workers, &mut checkpointer);
-        workers.into_iter().fold(fed, |ended, worker| {
-            ended.and(worker.join().unwrap_or_else(|panic| panic::resume_unwind(panic)))
-        })
-    });
-    // However it has ended, what is handled is saved.
-    let saved = job.checkpoint(&mut checkpointer).and_then(|()| Ok(checkpointer.flush()?));
-    println!("ends after event {}", checkpointer.saved());
-    ended.and(saved.map(drop))
+    fn open(&self, kind: &str) -> Result<File> {
+        let (mut options, path) = (File::options(), format!("{}.{kind}", self.path));
+        Ok(options.read(true).write(true).create(true).append(kind == "aside").open(path)?)
+    }
+
+    fn progress(&self) -> String {
+        let [lines, again, aside] = [&LINES, &REPEATED, &PUT_ASIDE].map(|count| count.load(SeqCst));
+        let (seconds, saved) = (self.bar.elapsed().as_secs().max(1), SAVED.load(SeqCst));
+        let (rate, unsaved) = (lines / seconds, self.watermark.offset().unsigned_abs() - saved);
+        format!(
+            "{lines} lines in {seconds} s, {rate}/s, {again} repeated, {aside} put aside; \
+             checkpoint at byte {saved}, a crash repeats {unsaved} bytes"
+        )
+    }
 }
 
-fn argument(place: usize, usual: i64) -> Result<i64> {
-    let Some(text) = env::args().nth(place) else { return Ok(usual) };
-    text.parse().with_context(|| text)
+/// Whether somebody may be writing to the file, so that a last line without a newline is unfinished.
+fn is_growing(file: &File) -> Result<bool> {
+    Ok(file.metadata()?.modified()?.elapsed().is_ok_and(|age| age < Duration::from_secs(2)))
 }
 
-fn database() -> Result<Option<PostgresCheckpointStore>> {
-    let Some(url) = env::var_os("DATABASE_URL") else { return Ok(None) };
-    let url = url.to_str().context("DATABASE_URL is not UTF-8")?;
-    // While the database is away who checkpoints waits so long, and at Ctrl-C a few times.
-    let patience = Duration::from_secs(3);
-    let store = PostgresCheckpointStore::builder().connection_timeout(patience).connect(url)?;
+fn say_what_it_waits_for(retry: &Retry<'_>, bar: &ProgressBar) {
+    if retry.attempt == 1 {
+        bar.suspend(|| eprintln!("waits for the database: {}", retry.error.report()));
+    }
+}
+
+fn store(bar: ProgressBar) -> Result<Box<dyn CheckpointStore>> {
+    let url = env::var("DATABASE_URL");
+    let Ok(url) = url else { return Ok(Box::new(MemoryCheckpointStore::new())) };
+    let say = move |retry: &Retry<'_>| say_what_it_waits_for(retry, &bar);
+    let store = PostgresCheckpointStore::builder().on_retry(say).connect(&url)?;
     store.migrate()?;
-    store.connection()?.batch_execute(
-        "CREATE TABLE IF NOT EXISTS handled (event bigint PRIMARY KEY, times bigint NOT NULL)",
-    )?;
-    Ok(Some(store))
+    Ok(Box::new(store))
 }
 
-fn main() -> ExitCode {
-    let Err(error) = run() else { return ExitCode::SUCCESS };
-    eprintln!("error: {error:#}");
-    ExitCode::FAILURE
+fn sample() -> Result<String> {
+    let path = format!("{}/threaded_batch.txt", env::temp_dir().display());
+    println!("writes {path}");
+    fs::write(&path, (1..=200_000).fold(String::new(), |text, n| text + &format!("order {n}\n")))?;
+    Ok(path)
+}
+
+fn main() -> Result<()> {
+    let mut arguments = env::args().skip(1);
+    let path = arguments.next().map_or_else(sample, Ok)?;
+    let path = fs::canonicalize(&path).context(path)?.display().to_string();
+    let workers = arguments.next().map_or(Ok(4), |it| it.parse()).context("number of workers")?;
+    let mut file = BufReader::new(File::open(&path)?);
+    let length = file.get_ref().metadata()?.len();
+    let bar = ProgressBar::new(length);
+    let checkpointer = Checkpointer::resume(store(bar.clone())?, &path, Cadence::every(1))?;
+    let offset = checkpointer.offset().unsigned_abs();
+    println!("{path}: resumes behind byte {offset} of {length}");
+    ensure!(offset <= length, "the file is shorter than its checkpoint");
+    SAVED.store(offset, SeqCst);
+    // A line before the checkpoint that had no newline may have grown. It is found from the front.
+    file.seek(SeekFrom::Start(offset.saturating_sub(1)))?;
+    let start = if file.fill_buf()?.starts_with(b"\n") { offset } else { 0 };
+    file.seek(SeekFrom::Start(start))?;
+    let watermark = Watermark::starting_at(checkpointer.offset());
+    bar.update(|state| state.set_pos(offset));
+    bar.reset_eta();
+    bar.set_style(ProgressStyle::with_template("{bar} {percent} %, {eta} left, {wide_msg}")?);
+    let job: &Job = Box::leak(Box::new(Job { path, file: Mutex::new(file), watermark, bar }));
+    ctrlc::set_handler(|| {
+        STOP.store(true, SeqCst);
+        sleep(Duration::from_millis(700)); // the lines in hand and the last save may take so long
+        println!("ended without the last save: {}", job.progress());
+        process::exit(0);
+    })?;
+    let worker = move |_| spawn(move || job.work().inspect_err(|_| STOP.store(true, SeqCst)));
+    let saver = spawn(move || job.save(checkpointer, (0..workers.max(1)).map(worker).collect()));
+    let mut told = 0;
+    while !saver.is_finished() {
+        sleep(PAUSE);
+        job.bar.set_position(job.watermark.offset().unsigned_abs());
+        job.bar.set_message(job.progress());
+        if job.bar.is_hidden() && job.bar.elapsed().as_secs() >= told + 10 {
+            told += 10;
+            eprintln!("{}", job.progress());
+        }
+    }
+    job.bar.finish_and_clear();
+    saver.join().expect("no panic")?;
+    println!("{}", job.progress());
+    Ok(())
 }

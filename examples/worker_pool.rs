@@ -1,6 +1,6 @@
 //! Few threads, many projections: each thread takes one that is behind and that no other worker has.
 //! Each event counts exactly once in each, however many threads and programs share them.
-//! `DATABASE_URL=postgres://.. cargo run --example worker_pool`; Ctrl-C ends it, and `kill -9` may.
+//! `DATABASE_URL=postgres://.. cargo run --example worker_pool`; Ctrl-C and SIGTERM end it, and `kill -9` may.
 
 use checkpoint_store::{Batch, CheckpointStore, PostgresCheckpointStore, Result};
 use std::sync::atomic::{AtomicBool, Ordering};

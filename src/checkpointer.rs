@@ -28,8 +28,9 @@ pub struct Cadence {
 impl Cadence {
     /// Saves when this many events have been processed since the last save; 1 is after each.
     ///
-    /// Each call of [`processed`](Checkpointer::processed) that moves the offset counts as one. Behind a
-    /// [`Watermark`](crate::Watermark), which may jump over several events at once, it counts jumps.
+    /// Each call of [`processed`](Checkpointer::processed) that moves the offset counts as one event. A
+    /// [`Watermark`](crate::Watermark) may move over several events at once, which then count as one:
+    /// combine it with [`or_within`](Cadence::or_within).
     ///
     /// # Panics
     ///
@@ -109,8 +110,8 @@ impl Cadence {
 ///
 /// It gives at-least-once processing: after a crash the events since the last save are processed
 /// again, and none is left out. While the store works they are no more than the cadence allows (and what
-/// a [`Watermark`](crate::Watermark) had out of order); while it is down the loop may go on, and
-/// [`pending`](Checkpointer::pending) says how many they have become.
+/// a [`Watermark`](crate::Watermark) had out of order); while it is down the loop may continue, and
+/// `offset() - saved()` is the range of offsets that a crash would repeat.
 /// For exactly once save inside the transaction that applies the events.
 ///
 /// It saves with [`advance`](CheckpointStore::advance), so a second runner of the same projection
@@ -242,10 +243,13 @@ impl<S: CheckpointStore> Checkpointer<S> {
         self.progress.saved
     }
 
-    /// How many events were processed since the last save: as many are read again after a crash.
+    /// How many calls of [`processed`](Checkpointer::processed) have moved the offset since the last save:
+    /// the number that [`Cadence::every`] compares with.
     ///
-    /// It counts calls of [`processed`](Checkpointer::processed) that moved the offset. While the store
-    /// is down it grows beyond what the cadence allows.
+    /// It is the number of events that a crash repeats if there is a call for each event. It is not if one
+    /// call stands for several events, as behind a [`Watermark`](crate::Watermark): then use
+    /// `offset() - saved()`, which is in the unit of the offsets, such as events or bytes. Both grow
+    /// without limit while the store is down.
     ///
     /// # Examples
     ///
@@ -255,12 +259,49 @@ impl<S: CheckpointStore> Checkpointer<S> {
     /// let mut checkpointer = Checkpointer::resume(store, "orders", Cadence::every(10))?;
     /// checkpointer.processed(4)?;
     /// checkpointer.processed(9)?;
-    /// assert_eq!(checkpointer.pending(), 2);
+    /// assert_eq!(checkpointer.pending(), 2); // two calls
+    /// assert_eq!(checkpointer.offset() - checkpointer.saved(), 9); // offsets that a crash repeats
     /// # Ok::<(), checkpoint_store::Error>(())
     /// ```
     #[must_use]
     pub fn pending(&self) -> u64 {
         self.progress.pending
+    }
+
+    /// The store that it saves to.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::{Cadence, CheckpointStore, Checkpointer, MemoryCheckpointStore};
+    /// let store = MemoryCheckpointStore::new();
+    /// let mut checkpointer = Checkpointer::resume(store, "orders", Cadence::every(1))?;
+    /// checkpointer.processed(42)?;
+    /// assert_eq!(checkpointer.store().get("orders")?, 42);
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    #[must_use]
+    pub fn store(&self) -> &S {
+        &self.store
+    }
+
+    /// Returns the store, and saves nothing: [`flush`](Checkpointer::flush) first.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use checkpoint_store::{Cadence, CheckpointStore, Checkpointer, MemoryCheckpointStore};
+    /// let store = MemoryCheckpointStore::new();
+    /// let mut checkpointer = Checkpointer::resume(store, "orders", Cadence::every(100))?;
+    /// checkpointer.processed(42)?;
+    /// checkpointer.flush()?;
+    /// let store = checkpointer.into_store();
+    /// assert_eq!(store.get("orders")?, 42);
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    #[must_use]
+    pub fn into_store(self) -> S {
+        self.store
     }
 
     /// Says that the event at `offset`, and so every one before it, has been processed; saves if

@@ -1,5 +1,5 @@
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
@@ -9,25 +9,23 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 ///
 /// It gives the same answers and the same refusals as the PostgreSQL store, so that a test on it
 /// finds what PostgreSQL would refuse. It still works after a thread has panicked while using it.
-/// To share one among threads borrow it, or put it into an [`Arc`](std::sync::Arc).
 ///
-/// Everything is gone when it is dropped.
+/// A clone is another handle on the same checkpoints. They are gone when the last handle is dropped.
 ///
 /// # Examples
 ///
 /// ```
 /// use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
-/// use std::sync::Arc;
 ///
-/// let store = Arc::new(MemoryCheckpointStore::new());
-/// let worker = Arc::clone(&store);
+/// let store = MemoryCheckpointStore::new();
+/// let worker = store.clone();
 /// std::thread::spawn(move || worker.save("orders", 42)).join().expect("no panic")?;
 /// assert_eq!(store.get("orders")?, 42);
 /// # Ok::<(), checkpoint_store::Error>(())
 /// ```
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct MemoryCheckpointStore {
-    rows: Mutex<HashMap<String, Row>>,
+    rows: Arc<Mutex<HashMap<String, Row>>>,
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -19,9 +19,10 @@ use crate::{Error, Result};
 /// watermark is too far behind.
 ///
 /// What [`complete`](Watermark::complete) returned in one thread may reach another after a later one:
-/// checkpoint [`offset`](Watermark::offset). When it jumps over several events,
-/// [`Checkpointer::processed`](crate::Checkpointer::processed) counts that as one; so give its
-/// cadence a time limit too, or tell it of each event that the watermark has passed.
+/// checkpoint [`offset`](Watermark::offset). The watermark may move over several events at once, and
+/// [`Checkpointer::processed`](crate::Checkpointer::processed) counts that as one event: give the
+/// cadence a time limit too. For the same reason [`pending`](crate::Checkpointer::pending) is not the
+/// number of events that a crash repeats; the difference of `offset()` and `saved()` is their range.
 ///
 /// # Examples
 ///

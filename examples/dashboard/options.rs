@@ -7,20 +7,27 @@ use anyhow::{Context as _, Result, bail};
 use checkpoint_store::{HealthCheck, validate_projection};
 use clap::{Parser, value_parser};
 
+use crate::board::View;
 use crate::source::Source;
 
 /// Shows how far each projection is behind its stream
 #[derive(Parser)]
 #[command(name = "dashboard")]
 struct Arguments {
-    /// A query for the offset of the last event, one value; none or NULL is an empty stream; needed
-    /// with `DATABASE_URL`, e.g. 'SELECT max(id) FROM events'
+    /// A query for the offset of the last event, such as 'SELECT max(id) FROM events', or for one of
+    /// each projection: two columns, projection and offset; none or NULL is an empty stream; needed
+    /// with `DATABASE_URL`
     #[arg(long, value_name = "SQL")]
     head_query: Option<String>,
 
     /// Show this projection even before its first save; repeatable
     #[arg(long = "projection", value_name = "NAME")]
     projections: Vec<String>,
+
+    /// Show this projection, and leave it out of /health: one that is abandoned or being rebuilt;
+    /// repeatable
+    #[arg(long = "ignore", value_name = "NAME")]
+    ignored: Vec<String>,
 
     /// The lag from which on a projection is unhealthy
     #[arg(long, value_name = "EVENTS", default_value_t = 1_000, value_parser = value_parser!(i64).range(1..))]
@@ -45,15 +52,15 @@ pub(crate) struct Options {
     pub(crate) listen: SocketAddr,
     pub(crate) check: bool,
     pub(crate) source: Source,
-    pub(crate) projections: Vec<String>,
-    pub(crate) health: HealthCheck,
+    pub(crate) view: View,
 }
 
 impl Options {
     pub(crate) fn parse() -> Result<Self> {
         let arguments = Arguments::parse();
         let source = source(arguments.head_query)?;
-        arguments.projections.iter().try_for_each(|name| validate_projection(name))?;
+        let mut names = arguments.projections.iter().chain(&arguments.ignored);
+        names.try_for_each(|name| validate_projection(name))?;
         let mut health = HealthCheck::new().critical_lag(arguments.critical_lag);
         if let Some(seconds) = arguments.stalled_after {
             health = health.stalled_after(Duration::from_secs(seconds.get()));
@@ -63,8 +70,7 @@ impl Options {
             listen: arguments.listen.unwrap_or_else(|| (Ipv4Addr::LOCALHOST, usual_port).into()),
             check: arguments.check,
             source,
-            projections: arguments.projections,
-            health,
+            view: View { projections: arguments.projections, ignored: arguments.ignored, health },
         })
     }
 }

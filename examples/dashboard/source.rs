@@ -1,20 +1,19 @@
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
 use anyhow::anyhow;
-use checkpoint_store::postgres::{Client, Config, NoTls};
+use checkpoint_store::postgres::{self, Client, Config, NoTls, Row};
 use checkpoint_store::r2d2::{ManageConnection, Pool};
 use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
 use checkpoint_store::{CheckpointStore, Error, MemoryCheckpointStore, PostgresCheckpointStore};
 
-/// How many connections the dashboard uses at most, however many people look at it.
-const CONNECTIONS: u32 = 4;
-/// How long a request waits for one of them.
-const PATIENCE: Duration = Duration::from_secs(3);
-/// How long a server that fell silent goes unnoticed.
-const SILENCE: Duration = Duration::from_secs(6);
+/// How long a reading waits for a connection.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long an unresponsive server goes unnoticed.
+const UNRESPONSIVE: Duration = Duration::from_secs(6);
 
 /// Where checkpoints and stream head come from.
 pub(crate) enum Source {
@@ -25,13 +24,35 @@ pub(crate) enum Source {
 /// A store, and the stream whose projections it holds.
 pub(crate) struct Opened {
     pub(crate) store: Box<dyn CheckpointStore>,
-    pub(crate) head: Box<dyn Fn() -> checkpoint_store::Result<Head> + Send + Sync>,
+    pub(crate) stream: Box<dyn Fn() -> checkpoint_store::Result<Stream> + Send + Sync>,
 }
 
 /// The end of the stream, and the time on the store's clock.
-pub(crate) struct Head {
-    pub(crate) offset: i64,
+pub(crate) struct Stream {
+    pub(crate) heads: Heads,
     pub(crate) now: SystemTime,
+}
+
+/// The offset of the last event, of all projections or of each.
+pub(crate) enum Heads {
+    All(i64),
+    Each(HashMap<String, i64>),
+}
+
+impl Heads {
+    /// 0, as for an empty stream, when the projection has none.
+    pub(crate) fn of(&self, projection: &str) -> i64 {
+        match self {
+            Self::All(head) => *head,
+            Self::Each(heads) => heads.get(projection).copied().unwrap_or(0),
+        }
+    }
+
+    /// The projections that have a head of their own.
+    pub(crate) fn projections(&self) -> impl Iterator<Item = &str> {
+        let each = if let Self::Each(heads) = self { Some(heads.keys()) } else { None };
+        each.into_iter().flatten().map(String::as_str)
+    }
 }
 
 impl Source {
@@ -40,15 +61,12 @@ impl Source {
         let mut config: Config =
             url.parse().map_err(|error| anyhow!("DATABASE_URL cannot be read: {error}"))?;
         config
-            .connect_timeout(PATIENCE)
-            .tcp_user_timeout(SILENCE)
-            .keepalives_idle(SILENCE / 2)
-            .keepalives_interval(SILENCE / 6)
+            .connect_timeout(CONNECTION_TIMEOUT)
+            .tcp_user_timeout(UNRESPONSIVE)
+            .keepalives_idle(UNRESPONSIVE / 2)
+            .keepalives_interval(UNRESPONSIVE / 6)
             .keepalives_retries(3);
-        // As a subquery it can be any expression of one value, and PostgreSQL says what is wrong
-        // with any other. The line break ends a comment.
-        let head_query = head_query.trim().trim_end_matches(';');
-        let head_query = format!("SELECT (\n{head_query}\n)::bigint, clock_timestamp()");
+        let head_query = head_query.trim().trim_end_matches(';').to_owned();
         Ok(Self::Postgres { config: Box::new(config), head_query })
     }
 
@@ -64,23 +82,58 @@ impl Source {
 fn in_postgres(config: Config, head_query: String) -> Opened {
     // The store replaces a dead connection by itself. The head query leaves that to the pool.
     let pool = Pool::builder()
-        .max_size(CONNECTIONS)
+        .max_size(1)
         .min_idle(Some(0))
-        .connection_timeout(PATIENCE)
+        .connection_timeout(CONNECTION_TIMEOUT)
         .test_on_check_out(true)
         .build_unchecked(Connector(PostgresConnectionManager::new(config, NoTls)));
     let store = PostgresCheckpointStore::new(pool.clone());
-    let head = move || {
+    let sql = OnceLock::new();
+    let stream = move || {
         let mut client = pool.get().map_err(|timeout| Error::unavailable("connection", timeout))?;
-        client
-            .query_typed(&head_query, &[])
-            .and_then(|rows| {
-                let offset: Option<i64> = rows[0].try_get(0)?;
-                Ok(Head { offset: offset.unwrap_or(0), now: rows[0].try_get(1)? })
-            })
-            .map_err(|error| Error::backend("head query", error))
+        let read = |client: &mut Client| {
+            if sql.get().is_none() {
+                let _ = sql.set(stream_query(client, &head_query)?);
+            }
+            let sql = sql.get().map_or("", String::as_str);
+            read_stream(&client.query_typed(sql, &[])?)
+        };
+        read(&mut client).map_err(|error| Error::backend("head query", error))
     };
-    Opened { store: Box::new(store), head: Box::new(head) }
+    Opened { store: Box::new(store), stream: Box::new(stream) }
+}
+
+/// Asks how many columns the head query has, and returns a query for clock and heads.
+///
+/// The query becomes a subquery, so it can be any expression, and PostgreSQL says what is wrong with
+/// any other. The line break ends a comment.
+fn stream_query(client: &mut Client, head_query: &str) -> Result<String, postgres::Error> {
+    let columns = format!(
+        "SELECT heads.* FROM (VALUES (1)) AS one LEFT JOIN (\n{head_query}\n) AS heads ON false"
+    );
+    let columns = client.query_typed(&columns, &[])?;
+    Ok(match columns.first().map(Row::len) {
+        Some(2) => format!(
+            "SELECT clock_timestamp(), heads.head::bigint, heads.projection::text
+             FROM (VALUES (1)) AS one LEFT JOIN (\n{head_query}\n) AS heads (projection, head) ON true"
+        ),
+        _ => format!("SELECT clock_timestamp(), (\n{head_query}\n)::bigint"),
+    })
+}
+
+fn read_stream(rows: &[Row]) -> Result<Stream, postgres::Error> {
+    let now = rows[0].try_get(0)?;
+    let head = |row: &Row| row.try_get::<_, Option<i64>>(1).map(Option::unwrap_or_default);
+    if rows[0].len() == 2 {
+        return Ok(Stream { heads: Heads::All(head(&rows[0])?), now });
+    }
+    let mut heads = HashMap::new();
+    for row in rows {
+        if let Some(projection) = row.try_get(2)? {
+            heads.insert(projection, head(row)?);
+        }
+    }
+    Ok(Stream { heads: Heads::Each(heads), now })
 }
 
 /// Connects, and says in full why it cannot: r2d2 keeps an error's message, not its causes.
@@ -111,10 +164,10 @@ struct InFull(anyhow::Error);
 fn demo() -> checkpoint_store::Result<Opened> {
     const BEAT: Duration = Duration::from_millis(500);
 
-    let store = Arc::new(MemoryCheckpointStore::new());
+    let store = MemoryCheckpointStore::new();
     let head = Arc::new(AtomicI64::new(0));
     let beat = {
-        let (store, head) = (Arc::clone(&store), Arc::clone(&head));
+        let (store, head) = (store.clone(), Arc::clone(&head));
         move |beat: i64| {
             let last_event = 12_000 + 7 * beat;
             head.store(last_event, Ordering::SeqCst);
@@ -138,6 +191,9 @@ fn demo() -> checkpoint_store::Result<Opened> {
             }
         }
     });
-    let head = move || Ok(Head { offset: head.load(Ordering::SeqCst), now: SystemTime::now() });
-    Ok(Opened { store: Box::new(store), head: Box::new(head) })
+    let stream = move || {
+        let heads = Heads::All(head.load(Ordering::SeqCst));
+        Ok(Stream { heads, now: SystemTime::now() })
+    };
+    Ok(Opened { store: Box::new(store), stream: Box::new(stream) })
 }

@@ -5,22 +5,25 @@ use std::sync::Arc;
 use std::thread;
 use std::time::SystemTime;
 
-use checkpoint_store::{Health, HealthLevel, ProjectionStatus};
+use checkpoint_store::{HealthLevel, ProjectionStatus};
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::json;
 use tiny_http::{Header, Method, Response, Server};
 
-use crate::board::{Board, Snapshot};
+use crate::board::{Board, Projection, Snapshot};
+use crate::metrics;
 
 pub(crate) const PAGE: &str = "/";
 pub(crate) const CHECKPOINTS: &str = "/api/projections/checkpoints";
 pub(crate) const HEALTH: &str = "/health";
+pub(crate) const LIVE: &str = "/live";
+pub(crate) const METRICS: &str = "/metrics";
 
 type Answer = Response<Cursor<Vec<u8>>>;
 
-/// Answers requests, each in a thread of its own: one that waits for a slow database holds up
-/// neither the page nor the news that the database is slow. Returns only when it has to give up.
+/// Answers requests, each in a thread of its own: one that waits for the database does not delay the
+/// others. Returns only when it has to give up.
 pub(crate) fn serve(server: &Server, board: &Arc<Board>) -> io::Error {
     loop {
         let request = match server.recv() {
@@ -42,6 +45,10 @@ fn answer(board: &Board, method: &Method, url: &str) -> Answer {
         PAGE => |_: &Board| page(),
         CHECKPOINTS => checkpoints,
         HEALTH => health,
+        LIVE => |_: &Board| json(200, &json!({ "live": true })),
+        METRICS => {
+            |board: &Board| respond(200, metrics::CONTENT_TYPE, metrics::text(&board.read()))
+        }
         _ => return json(404, &json!({ "error": "there is no such page" })),
     };
     match method {
@@ -59,7 +66,7 @@ fn page() -> Answer {
          frame-ancestors 'none'"
     );
     let html = include_str!("page.html").replace("{nonce}", &nonce);
-    respond(200, "text/html; charset=utf-8", html.into_bytes())
+    respond(200, "text/html; charset=utf-8", html)
         .with_header(header("Content-Security-Policy", &policy))
 }
 
@@ -70,23 +77,23 @@ fn nonce() -> String {
 }
 
 fn checkpoints(board: &Board) -> Answer {
-    match board.read() {
+    match &*board.read() {
         Ok(snapshot) => {
-            let rows = snapshot.projections.iter().map(|(status, _)| Row::from(status));
+            let rows = snapshot.projections.iter().map(|projection| Row::from(&projection.status));
             json(200, &rows.collect::<Vec<_>>())
         }
-        Err(error) => json(503, &json!({ "error": format!("{error:#}") })),
+        Err(error) => json(503, &json!({ "error": error })),
     }
 }
 
 fn health(board: &Board) -> Answer {
-    match board.read() {
+    match &*board.read() {
         Ok(snapshot) => {
             let status = if snapshot.level() == HealthLevel::Unhealthy { 503 } else { 200 };
-            json(status, &Report::from(&snapshot))
+            json(status, &Report::from(snapshot))
         }
         Err(error) => {
-            let (level, error) = (HealthLevel::Unhealthy.to_string(), format!("{error:#}"));
+            let level = HealthLevel::Unhealthy.to_string();
             json(503, &json!({ "level": level, "error": error, "projections": [] }))
         }
     }
@@ -125,25 +132,43 @@ struct Report<'a> {
     projections: Vec<Judged<'a>>,
 }
 
+/// Offsets are strings here: a browser keeps no more than 53 bits of a number.
 #[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
 struct Judged<'a> {
-    #[serde(flatten)]
-    row: Row<'a>,
+    projection_name: &'a str,
+    checkpoint: String,
+    stream_head: String,
+    lag: String,
+    percent_complete: f64,
+    updated_at: Option<String>,
     level: String,
     reason: String,
+    ignored: bool,
+}
+
+impl<'a> From<&'a Projection> for Judged<'a> {
+    fn from(Projection { status, health, is_ignored }: &'a Projection) -> Self {
+        Self {
+            projection_name: &status.projection,
+            checkpoint: status.checkpoint.to_string(),
+            stream_head: status.stream_head.to_string(),
+            lag: status.lag.to_string(),
+            percent_complete: status.percent_complete,
+            updated_at: status.updated_at.and_then(rfc3339),
+            level: health.level().to_string(),
+            reason: health.to_string(),
+            ignored: *is_ignored,
+        }
+    }
 }
 
 impl<'a> From<&'a Snapshot> for Report<'a> {
     fn from(snapshot: &'a Snapshot) -> Self {
-        let judged = |(status, health): &'a (ProjectionStatus, Health)| Judged {
-            row: status.into(),
-            level: health.level().to_string(),
-            reason: health.to_string(),
-        };
         Self {
             level: snapshot.level().to_string(),
             checked_at: rfc3339(snapshot.taken_at),
-            projections: snapshot.projections.iter().map(judged).collect(),
+            projections: snapshot.projections.iter().map(Judged::from).collect(),
         }
     }
 }
@@ -158,7 +183,7 @@ fn json(status: u16, body: &impl Serialize) -> Answer {
     respond(status, "application/json", body)
 }
 
-fn respond(status: u16, content_type: &str, body: Vec<u8>) -> Answer {
+fn respond(status: u16, content_type: &str, body: impl Into<Vec<u8>>) -> Answer {
     Response::from_data(body)
         .with_status_code(status)
         .with_header(header("Content-Type", content_type))

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use checkpoint_store::{
     Cadence, Checkpoint, CheckpointStore, Checkpointer, Error, MemoryCheckpointStore, Result,
+    Watermark,
 };
 use proptest::prelude::*;
 
@@ -543,4 +544,34 @@ fn any_of_many_saves_in_doubt_is_recognised_and_none_costs_the_sum_of_all() {
         assert!(checkpointer.processed(EVENTS + 1).unwrap());
         assert_eq!(store.get("orders").unwrap(), EVENTS + 1);
     }
+}
+
+#[test]
+fn pending_counts_calls_and_the_offsets_say_what_a_crash_repeats() {
+    let store = MemoryCheckpointStore::new();
+    let mut checkpointer = resume(&store, Cadence::every(4));
+    let watermark = Watermark::starting_at(checkpointer.offset());
+    for offset in 1..=150 {
+        watermark.begin(offset).unwrap();
+    }
+    for offset in (1..=150).rev() {
+        watermark.complete(offset).unwrap();
+        assert!(!checkpointer.processed(watermark.offset()).unwrap());
+    }
+    assert_eq!(checkpointer.pending(), 1, "the watermark has moved once");
+    assert_eq!(checkpointer.offset() - checkpointer.saved(), 150);
+}
+
+#[test]
+fn the_store_can_be_used_and_taken_back_and_neither_saves() {
+    let mut checkpointer =
+        Checkpointer::resume(MemoryCheckpointStore::new(), "orders", Cadence::every(100)).unwrap();
+    checkpointer.processed(7).unwrap();
+    assert_eq!(checkpointer.store().get("orders").unwrap(), 0);
+    checkpointer.flush().unwrap();
+    checkpointer.processed(9).unwrap();
+    assert_eq!(checkpointer.store().get("orders").unwrap(), 7);
+    let store = checkpointer.into_store();
+    assert_eq!(store.get("orders").unwrap(), 7);
+    assert_eq!(resume(&store, Cadence::every(1)).offset(), 7);
 }

@@ -73,8 +73,8 @@ fn each_event_counts_once_whatever_happens_to_the_program_and_its_connections() 
     let totals = "SELECT count(*), (SELECT sum(events)::bigint FROM sizes) FROM events";
     let totals = client.query_one(totals, &[]).unwrap();
     assert_eq!((totals.get(0), totals.get(1)), (99 + 8 * 5_000_i64, 99 + 8 * 5_000_i64));
-    for running in [survivor, mortal] {
-        running.interrupt();
+    for (running, end) in [(survivor, Running::interrupt as fn(&_)), (mortal, Running::terminate)] {
+        end(&running);
         let output = running.output();
         success(&output);
         assert_eq!(harness::stderr(&output), "", "no projection has noticed anything");

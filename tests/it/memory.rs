@@ -1,5 +1,6 @@
 //! The memory store among threads.
 
+use std::panic::{RefUnwindSafe, UnwindSafe, catch_unwind};
 use std::thread;
 
 use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
@@ -38,4 +39,28 @@ fn saving_an_existing_projection_allocates_nothing() {
     assert_eq!(counted.count_total, 0);
     let counted = allocation_counter::measure(|| store.save("new", 1).unwrap());
     assert!(counted.count_total > 0, "the counter counts");
+}
+
+#[test]
+fn a_clone_is_another_handle_on_the_same_checkpoints() {
+    let store = MemoryCheckpointStore::new();
+    let clone = store.clone();
+    clone.save("orders", 1).unwrap();
+    assert_eq!(store.get("orders").unwrap(), 1);
+    thread::spawn(move || clone.advance("orders", 1, 2)).join().unwrap().unwrap();
+    assert_eq!(store.get("orders").unwrap(), 2, "it outlives its clone");
+    assert_eq!(MemoryCheckpointStore::new().get("orders").unwrap(), 0, "another store is another");
+}
+
+#[test]
+fn a_panic_of_a_caller_does_not_harm_it() {
+    fn is_unwind_safe<T: UnwindSafe + RefUnwindSafe>(_: &T) {}
+    let store = MemoryCheckpointStore::new();
+    is_unwind_safe(&store);
+    let panicked = catch_unwind(|| {
+        store.save("orders", 1).unwrap();
+        panic!("on purpose");
+    });
+    assert!(panicked.is_err());
+    assert_eq!(store.get("orders").unwrap(), 1);
 }

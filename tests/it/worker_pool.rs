@@ -66,8 +66,8 @@ fn each_event_counts_once_whatever_happens_to_the_workers_and_their_connections(
         survivor.wait_until("all projections are there", || arrived(&mut client, last) == TENANTS);
         check(&mut client);
     }
-    for running in [survivor, mortal] {
-        running.interrupt();
+    for (running, end) in [(survivor, Running::interrupt as fn(&_)), (mortal, Running::terminate)] {
+        end(&running);
         success(&running.output());
     }
 }

@@ -93,6 +93,11 @@ impl Running {
         signal(&self.process, Signal::INT);
     }
 
+    /// What the end of a container or a service does.
+    pub(crate) fn terminate(&self) {
+        signal(&self.process, Signal::TERM);
+    }
+
     /// Waits until it has ended.
     pub(crate) fn output(mut self) -> Output {
         wait_until("it ends", || self.process.try_wait().expect("a child's state").is_some());
