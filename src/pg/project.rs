@@ -294,11 +294,16 @@ impl PostgresCheckpointStore {
                     continue;
                 }
                 Failed::InClosure(error) => return Err(error),
+                // An observer of retries may need the connection that this call has had.
                 Failed::LostInClosure(error) if attempt.losses < LOSSES_WHILE_APPLYING => {
+                    drop(client);
                     (error, Next::Reconnect)
                 }
                 Failed::LostInClosure(error) => (attempt.explain(error), Next::Fail),
-                Failed::RolledBackInClosure(error) => (error, Next::Repeat),
+                Failed::RolledBackInClosure(error) => {
+                    drop(client);
+                    (error, Next::Repeat)
+                }
                 Failed::ReadOnlyInClosure(error) => {
                     // The closure may have made its own transaction read-only.
                     let is_its_own = takes_writes(&mut client).unwrap_or(false);
