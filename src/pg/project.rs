@@ -16,7 +16,7 @@ use super::errors::{
     Cause, ErrorClass, Outcome, Rivals, failure, no_connection, postgres_error, sql_state,
 };
 use super::prepared::name_the_pooler;
-use super::queries::{LockedRow, NOT_SAVED, Queries};
+use super::queries::{LockedRow, NOT_SAVED, Queries, is_not_as_given};
 use super::retry::Next;
 use super::session::{Cached, Parameters, Query, Session, StatementCache, Uncached, is_stale};
 use crate::validate::{validate_offset, validate_projection};
@@ -478,9 +478,7 @@ impl<'a> Attempt<'a> {
                 let subject = self.queries.about(self.projection);
                 Failed::InClosure(failure("apply", subject, SWALLOWED))
             }
-            Some(&SqlState::DIVISION_BY_ZERO) if step == "save" => {
-                Failed::At(step, NOT_SAVED.into())
-            }
+            _ if step == "save" && is_not_as_given(&cause) => Failed::At(step, NOT_SAVED.into()),
             Some(&SqlState::UNIQUE_VIOLATION) if step == "save" && row == LockedRow::Absent => {
                 self.creates_first = true;
                 Failed::At(step, Rivals.into())
@@ -494,15 +492,21 @@ impl<'a> Attempt<'a> {
         let there = |offset| (LockedRow::There, offset);
         // A COMMIT in doubt may still be under way, and only a call that waits for it learns of its outcome.
         let waits = self.while_taken == WhileTaken::Wait || self.in_doubt.is_some();
-        if !waits {
-            if let Some(offset) = queries.project_try_lock(step, projection)? {
-                return Ok(Some(there(offset)));
-            }
-            let is_locked = queries.try_lock_absent(step, projection)?;
-            return Ok(is_locked.then_some((LockedRow::Absent, 0)));
-        }
-        if let Some(offset) = queries.project_lock(step, projection)? {
+        let found = if waits {
+            queries.project_lock(step, projection)?
+        } else {
+            queries.project_try_lock(step, projection)?
+        };
+        if let Some(offset) = found {
             return Ok(Some(there(offset)));
+        }
+        if !waits {
+            if !queries.try_lock_absent(step, projection)? {
+                return Ok(None);
+            }
+            if !self.creates_first {
+                return Ok(Some((LockedRow::Absent, 0)));
+            }
         }
         if self.creates_first {
             queries.lock_new(step, projection)?;
