@@ -6,4 +6,5 @@ WITH saved AS (
 )
 SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*)
 FROM saved
-WHERE "offset" OPERATOR(pg_catalog.=) 42;
+WHERE "offset" OPERATOR(pg_catalog.=) 42
+  AND pg_catalog.current_setting('client_encoding') OPERATOR(pg_catalog.=) 'UTF8';

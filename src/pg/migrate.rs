@@ -1,9 +1,10 @@
 use std::collections::BTreeSet;
 
+use postgres::error::SqlState;
 use postgres::types::Type;
 use postgres::{Client, GenericClient, IsolationLevel};
 
-use super::errors::Outcome;
+use super::errors::{Cause, Outcome};
 use super::identifier::Table;
 
 /// Any number will do, as long as every process that migrates takes the same one.
@@ -53,9 +54,12 @@ pub(crate) fn migrate(
             )?
             .try_get(0)?;
         if schema.is_none() {
-            tx.batch_execute(&table.render_schema(include_str!("../../sql/create_schema.sql")))?;
+            let sql = table.render_schema(include_str!("../../sql/create_schema.sql"));
+            tx.batch_execute(&sql).map_err(missing("CREATE on the database".to_owned()))?;
         }
-        tx.batch_execute(&table.render(include_str!("../../sql/create_table.sql")))?;
+        let sql = table.render(include_str!("../../sql/create_table.sql"));
+        tx.batch_execute(&sql)
+            .map_err(missing(format!("CREATE on the schema {}", table.schema())))?;
     }
     let columns = inspect(&mut tx, table)?.unwrap_or_default();
     if let Some(reason) = misfit(&columns) {
@@ -63,7 +67,8 @@ pub(crate) fn migrate(
     }
     require_rights(&columns)?;
     if updated_at_index && !is_indexed(&columns) {
-        tx.batch_execute(&table.render(include_str!("../../sql/create_updated_at_index.sql")))?;
+        let sql = table.render(include_str!("../../sql/create_updated_at_index.sql"));
+        tx.batch_execute(&sql).map_err(missing(format!("ownership of the table {table}")))?;
     }
     tx.commit()?;
     Ok(Migration::Ready)
@@ -99,10 +104,12 @@ struct Column {
 
 /// The table's columns, or `None` when there is no such table.
 fn inspect(client: &mut impl GenericClient, table: &Table) -> Outcome<Option<Vec<Column>>> {
-    let rows = client.query_typed(
-        include_str!("../../sql/inspect_table.sql"),
-        &[(&table.to_string(), Type::TEXT)],
-    )?;
+    let rows = client
+        .query_typed(
+            include_str!("../../sql/inspect_table.sql"),
+            &[(&table.to_string(), Type::TEXT)],
+        )
+        .map_err(missing(format!("USAGE on the schema {}", table.schema())))?;
     let columns = rows
         .iter()
         .map(|row| {
@@ -188,6 +195,21 @@ fn require_rights(columns: &[Column]) -> Outcome<()> {
     }
     let missing = missing.into_iter().collect::<Vec<_>>().join(", ");
     Err(format!("the role that is logged in lacks the right to {missing}: grant it").into())
+}
+
+/// Names the right for whose lack the server refuses a statement.
+fn missing(right: String) -> impl FnOnce(postgres::Error) -> Cause {
+    |source| match source.code() {
+        Some(&SqlState::INSUFFICIENT_PRIVILEGE) => MissingRight { right, source }.into(),
+        _ => source.into(),
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the role that is logged in lacks {right}: grant it, or have another role migrate")]
+struct MissingRight {
+    right: String,
+    source: postgres::Error,
 }
 
 fn is_ours(column: &Column) -> bool {

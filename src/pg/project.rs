@@ -16,7 +16,7 @@ use super::errors::{
     Cause, ErrorClass, Outcome, Rivals, failure, no_connection, postgres_error, sql_state,
 };
 use super::prepared::name_the_pooler;
-use super::queries::{LockedRow, Queries};
+use super::queries::{LockedRow, Queries, is_not_as_given};
 use super::retry::Next;
 use super::session::{Cached, Parameters, Query, Session, StatementCache, Uncached, is_stale};
 use crate::validate::{validate_offset, validate_projection};
@@ -294,11 +294,16 @@ impl PostgresCheckpointStore {
                     continue;
                 }
                 Failed::InClosure(error) => return Err(error),
+                // An observer of retries may need the connection that this call has had.
                 Failed::LostInClosure(error) if attempt.losses < LOSSES_WHILE_APPLYING => {
+                    drop(client);
                     (error, Next::Reconnect)
                 }
                 Failed::LostInClosure(error) => (attempt.explain(error), Next::Fail),
-                Failed::RolledBackInClosure(error) => (error, Next::Repeat),
+                Failed::RolledBackInClosure(error) => {
+                    drop(client);
+                    (error, Next::Repeat)
+                }
                 Failed::ReadOnlyInClosure(error) => {
                     // The closure may have made its own transaction read-only.
                     let is_its_own = takes_writes(&mut client).unwrap_or(false);
@@ -473,7 +478,7 @@ impl<'a> Attempt<'a> {
                 let subject = self.queries.about(self.projection);
                 Failed::InClosure(failure("apply", subject, SWALLOWED))
             }
-            Some(&SqlState::DIVISION_BY_ZERO) => Failed::At("save", NotSaved(cause).into()),
+            _ if is_not_as_given(&cause) => Failed::At("save", NotSaved(cause).into()),
             Some(&SqlState::UNIQUE_VIOLATION) if step == "save" && row == LockedRow::Absent => {
                 self.creates_first = true;
                 Failed::At(step, Rivals.into())
@@ -487,15 +492,21 @@ impl<'a> Attempt<'a> {
         let there = |offset| (LockedRow::There, offset);
         // A COMMIT in doubt may still be under way, and only a call that waits for it learns of its outcome.
         let waits = self.while_taken == WhileTaken::Wait || self.in_doubt.is_some();
-        if !waits {
-            if let Some(offset) = queries.project_try_lock(step, projection)? {
-                return Ok(Some(there(offset)));
-            }
-            let is_locked = queries.try_lock_absent(step, projection)?;
-            return Ok(is_locked.then_some((LockedRow::Absent, 0)));
-        }
-        if let Some(offset) = queries.project_lock(step, projection)? {
+        let found = if waits {
+            queries.project_lock(step, projection)?
+        } else {
+            queries.project_try_lock(step, projection)?
+        };
+        if let Some(offset) = found {
             return Ok(Some(there(offset)));
+        }
+        if !waits {
+            if !queries.try_lock_absent(step, projection)? {
+                return Ok(None);
+            }
+            if !self.creates_first {
+                return Ok(Some((LockedRow::Absent, 0)));
+            }
         }
         if self.creates_first {
             queries.lock_new(step, projection)?;
@@ -526,7 +537,7 @@ const SWALLOWED: &str = "a statement has failed in the closure, which has not re
 #[derive(Debug, thiserror::Error)]
 #[error(
     "the server wrote no row, or another checkpoint than it was given: a trigger, rule or policy discards or \
-     alters it, or the closure has deleted it or ended the transaction"
+     alters it, or the closure has deleted it, ended the transaction or changed client_encoding"
 )]
 struct NotSaved(#[source] Cause);
 

@@ -8,7 +8,7 @@ use postgres::Row;
 use postgres::error::SqlState;
 use postgres::types::{FromSql, Type};
 
-use super::errors::{Cause, Outcome, OutcomeUnknown, Rivals, sql_state};
+use super::errors::{Cause, Outcome, OutcomeUnknown, Rivals};
 use super::group::{Stored, Write};
 use super::identifier::Table;
 use super::session::Session;
@@ -354,9 +354,14 @@ const MAY_HIDE: &str = "row-level security may hide checkpoints from the role th
 /// A statement whose `RETURNING` divides by zero when the row is not as it was given. So the server
 /// undoes what it has altered, in the same round trip.
 fn written<T>(outcome: Outcome<T>) -> Outcome<T> {
-    outcome.map_err(|cause| match sql_state(cause.as_ref()) {
-        Some(&SqlState::DIVISION_BY_ZERO) => NOTHING_WRITTEN.into(),
-        _ => cause,
+    outcome.map_err(|cause| if is_not_as_given(&cause) { NOTHING_WRITTEN.into() } else { cause })
+}
+
+/// Whether it is that division by zero, and not one of a trigger's own: the error of a function has a context.
+pub(crate) fn is_not_as_given(cause: &Cause) -> bool {
+    let error = cause.downcast_ref::<postgres::Error>().and_then(postgres::Error::as_db_error);
+    error.is_some_and(|error| {
+        *error.code() == SqlState::DIVISION_BY_ZERO && error.where_().is_none()
     })
 }
 

@@ -1,9 +1,17 @@
 //! What surrounds the table: collations, row-level security, namesakes, settings, encodings.
 
-use checkpoint_store::postgres::Client;
-use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore, conformance};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use crate::harness::{self, Options, Server, chain, unique};
+use checkpoint_store::postgres::{Client, Transaction};
+use checkpoint_store::{
+    Batch, CheckpointStore, Error, PostgresCheckpointStore, Result, conformance,
+};
+
+use crate::harness::{
+    self, Cut, Options, Proxy, Schema, Server, chain, pool, unique, wait_for_a_waiter,
+};
 
 fn store(params: &str) -> PostgresCheckpointStore {
     PostgresCheckpointStore::builder().max_connections(1).connect(params).unwrap()
@@ -379,4 +387,486 @@ fn the_contract_holds_in_a_database_that_sorts_by_a_language() {
     let store = store(&server.url("sorted"));
     store.migrate().unwrap();
     conformance::verify(&store);
+}
+
+/// What the driver relies on: it sends and reads UTF-8, whatever the session says.
+#[test]
+fn a_closure_that_changes_the_clients_encoding_moves_no_other_checkpoint() {
+    const NAME: &str = "Größe – é";
+    let schema = Schema::new();
+    for setting in [
+        "SET LOCAL client_encoding = 'LATIN1'",
+        "SET client_encoding = 'LATIN1'",
+        "SET NAMES 'LATIN1'",
+    ] {
+        for is_there in [false, true] {
+            for (tries, prepared) in [(false, false), (true, false), (false, true)] {
+                let what = format!("{setting}, {is_there}, {tries}, {prepared}");
+                let store = PostgresCheckpointStore::builder()
+                    .schema(&schema.name)
+                    .prepared_statements(prepared)
+                    .max_connections(1)
+                    .connect(&harness::server().params())
+                    .unwrap();
+                if is_there {
+                    store.save(NAME, 1).unwrap();
+                }
+                let before = schema.store.get(NAME).unwrap();
+                let apply = |tx: &mut Transaction<'_>, offset: i64| {
+                    tx.batch_execute(setting)?;
+                    Ok(Some(offset + 1))
+                };
+                let outcome = if tries {
+                    store.try_project(NAME, apply).map(drop)
+                } else {
+                    store.project(NAME, apply).map(drop)
+                };
+                let expected = match &outcome {
+                    Ok(()) => before + 1,
+                    Err(error) => {
+                        assert!(matches!(error, Error::Backend { .. }), "{what}: {error:?}");
+                        before
+                    }
+                };
+                let listed = schema.store.all().unwrap();
+                assert!(listed.iter().all(|it| it.projection == NAME), "{what}: {listed:?}");
+                assert_eq!(schema.store.get(NAME).unwrap(), expected, "{what}");
+                // Nor does what the next call sends on that connection.
+                let next = store.save(NAME, 5).map(drop);
+                let listed = schema.store.all().unwrap();
+                assert!(
+                    listed.iter().all(|it| it.projection == NAME),
+                    "{what}: {next:?} {listed:?}"
+                );
+                schema.store.delete(NAME).unwrap();
+            }
+        }
+    }
+}
+
+/// The server compiles each statement, so that rivals come between a statement and the next one.
+#[test]
+fn an_advance_against_rivals_that_delete_never_names_a_wrong_cause() {
+    const TIME: Duration = Duration::from_secs(3);
+    let schema = Schema::new();
+    let store = PostgresCheckpointStore::builder()
+        .schema(&schema.name)
+        .connect(&format!(
+            "{} options='-c jit=on -c jit_above_cost=0 -c jit_inline_above_cost=0 -c jit_optimize_above_cost=0'",
+            harness::server().params()
+        ))
+        .unwrap();
+    let began = Instant::now();
+    thread::scope(|scope| {
+        for i in 0..6 {
+            let store = &store;
+            scope.spawn(move || {
+                while began.elapsed() < TIME {
+                    if i % 2 == 0 {
+                        store.delete("orders").unwrap();
+                        continue;
+                    }
+                    match store.advance("orders", 0, 1) {
+                        Ok(()) => {}
+                        Err(Error::Conflict { expected: 0, found: 1, .. }) => {}
+                        Err(error) => {
+                            let told = chain(&error);
+                            assert!(error.is_transient(), "{told}");
+                            assert!(told.contains("other clients"), "{told}");
+                        }
+                    }
+                }
+            });
+        }
+    });
+}
+
+fn size(client: &mut Client) -> (i64, i64, i64) {
+    let sql = "SELECT pg_relation_size('projection_checkpoints'),
+                      pg_relation_size('projection_checkpoints_pkey'),
+                      (SELECT count(*) FROM projection_checkpoints)";
+    let row = client.query_one(sql, &[]).unwrap();
+    (row.get(0), row.get(1), row.get(2))
+}
+
+#[test]
+fn idle_polls_of_a_projection_without_a_checkpoint_write_nothing() {
+    let schema = Schema::new();
+    let mut client = schema.client();
+    let before = size(&mut client);
+    for prepared in [false, true] {
+        let store = PostgresCheckpointStore::builder()
+            .schema(&schema.name)
+            .prepared_statements(prepared)
+            .connect(&harness::server().params())
+            .unwrap();
+        for _ in 0..500 {
+            assert_eq!(store.project("orders", |_, _| Ok(None)).unwrap(), None);
+            assert_eq!(store.try_project("orders", |_, _| Ok(None)).unwrap(), Batch::NothingNew);
+        }
+    }
+    assert_eq!(size(&mut client), before);
+}
+
+/// Applies the event after the offset.
+fn apply_one(tx: &mut Transaction<'_>, offset: i64) -> Result<Option<i64>> {
+    tx.execute("INSERT INTO applied VALUES ($1)", &[&(offset + 1)])?;
+    Ok(Some(offset + 1))
+}
+
+fn with_read_model() -> (Schema, impl Fn(&str) -> PostgresCheckpointStore) {
+    let schema = Schema::new();
+    schema.client().batch_execute("CREATE TABLE applied (event bigint)").unwrap();
+    let name = schema.name.clone();
+    let store = move |settings: &str| {
+        PostgresCheckpointStore::builder()
+            .schema(&name)
+            .connect(&format!(
+                "{} options='-c search_path={name} {settings}'",
+                harness::server().params()
+            ))
+            .unwrap()
+    };
+    (schema, store)
+}
+
+fn applied(schema: &Schema) -> Vec<i64> {
+    let rows = schema.client().query("SELECT event FROM applied ORDER BY event", &[]).unwrap();
+    rows.iter().map(|row| row.get(0)).collect()
+}
+
+#[test]
+fn a_checkpoint_that_a_rival_creates_while_the_closure_runs_is_not_overwritten() {
+    for isolation in ["", "-c default_transaction_isolation=serializable"] {
+        for tries in [false, true] {
+            let (schema, store) = with_read_model();
+            let store = store(isolation);
+            let mut seen = Vec::new();
+            let mut apply = |tx: &mut Transaction<'_>, offset| {
+                if seen.is_empty() {
+                    schema.store.save("orders", 5)?;
+                }
+                seen.push(offset);
+                apply_one(tx, offset)
+            };
+            if tries {
+                assert_eq!(store.try_project("orders", &mut apply).unwrap(), Batch::Committed(6));
+            } else {
+                assert_eq!(store.project("orders", &mut apply).unwrap(), Some(6));
+            }
+            assert_eq!(seen, [0, 5], "{isolation}");
+            assert_eq!((applied(&schema), store.get("orders").unwrap()), (vec![6], 6));
+        }
+    }
+}
+
+/// Its transaction is open when the closure ends, so the save waits for it.
+#[test]
+fn a_checkpoint_that_a_rival_is_creating_is_waited_for() {
+    for commits in [true, false] {
+        let (schema, store) = with_read_model();
+        let store = store("");
+        let mut rival = schema.client();
+        let mut creating = rival.transaction().unwrap();
+        schema.store.in_transaction(&mut creating).save("orders", 5).unwrap();
+        let outcome = thread::scope(|scope| {
+            let waiting = scope.spawn(|| store.project("orders", apply_one));
+            wait_for_a_waiter(&mut schema.client(), &schema.name);
+            if commits {
+                creating.commit().unwrap();
+            } else {
+                creating.rollback().unwrap();
+            }
+            waiting.join().unwrap()
+        });
+        let expected = if commits { 6 } else { 1 };
+        assert_eq!(outcome.unwrap(), Some(expected));
+        assert_eq!((applied(&schema), store.get("orders").unwrap()), (vec![expected], expected));
+    }
+}
+
+/// As with a checkpoint that is there.
+#[test]
+fn of_rivals_on_a_projection_without_a_checkpoint_one_runs_its_closure_at_a_time() {
+    const THREADS: usize = 6;
+    let (schema, store) = with_read_model();
+    let store = &store("");
+    let (inside, runs) = (&AtomicUsize::new(0), &AtomicUsize::new(0));
+    let schema = &schema;
+    thread::scope(|scope| {
+        for i in 0..THREADS {
+            scope.spawn(move || {
+                for round in 0..30 {
+                    let apply = |tx: &mut Transaction<'_>, offset: i64| {
+                        assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "it is alone");
+                        runs.fetch_add(1, Ordering::SeqCst);
+                        tx.batch_execute("SELECT pg_sleep(0.001)")?;
+                        let applied = if round == 29 { apply_one(tx, offset) } else { Ok(None) };
+                        assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1, "it is alone");
+                        applied
+                    };
+                    match i % 3 {
+                        0 => drop(store.try_project("orders", apply).unwrap()),
+                        1 => drop(store.project("orders", apply).unwrap()),
+                        _ => {
+                            // The same by hand: `lock` creates the row, and this takes it back.
+                            let mut client = schema.client();
+                            let mut tx = client.transaction().unwrap();
+                            let at = store.in_transaction(&mut tx).lock("orders").unwrap();
+                            assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "it is alone");
+                            assert!(at <= i64::try_from(THREADS).unwrap());
+                            assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1, "it is alone");
+                            tx.rollback().unwrap();
+                        }
+                    }
+                }
+            });
+        }
+    });
+    let applied = applied(schema);
+    assert_eq!(applied, (1..=store.get("orders").unwrap()).collect::<Vec<_>>());
+    assert!(!applied.is_empty() && runs.load(Ordering::SeqCst) > 29);
+}
+
+/// What the store calls, and what it compares with, in a schema that comes before `pg_catalog`.
+const NAMESAKES: [(&str, &str); 30] = [
+    ("cardinality(anyarray)", "int4"),
+    ("clock_timestamp()", "timestamptz"),
+    ("count(text)", "int8"),
+    ("current_setting(text)", "text"),
+    ("current_setting(text, bool)", "text"),
+    ("format(text, name, name)", "text"),
+    ("format_type(oid, int4)", "text"),
+    ("has_column_privilege(oid, int2, text)", "bool"),
+    ("has_table_privilege(oid, text)", "bool"),
+    ("hashtext(text)", "int4"),
+    ("hashtextextended(text, int8)", "int8"),
+    ("left(text, int4)", "text"),
+    ("lower(text)", "text"),
+    ("now()", "timestamptz"),
+    ("pg_advisory_xact_lock(int8)", "void"),
+    ("pg_backend_pid()", "int4"),
+    ("pg_current_wal_lsn()", "pg_lsn"),
+    ("pg_is_in_recovery()", "bool"),
+    ("pg_last_xact_replay_timestamp()", "timestamptz"),
+    ("pg_terminate_backend(int4)", "bool"),
+    ("pg_terminate_backend(int4, int8)", "bool"),
+    ("pg_try_advisory_xact_lock(int8)", "bool"),
+    ("pg_walfile_name(pg_lsn)", "text"),
+    ("row_security_active(oid)", "bool"),
+    ("row_security_active(text)", "bool"),
+    ("set_config(text, text, bool)", "text"),
+    ("to_regclass(text)", "regclass"),
+    ("to_regnamespace(text)", "regnamespace"),
+    ("unnest(anyarray)", "setof anyelement"),
+    ("version()", "text"),
+];
+const OPERATORS: [&str; 8] = ["=", "<>", "<", ">", "<=", ">=", "~", "/"];
+const OPERANDS: [(&str, &str); 14] = [
+    ("text", "text"),
+    ("int8", "int8"),
+    ("int4", "int4"),
+    ("int2", "int2"),
+    ("int4", "int8"),
+    ("int8", "int4"),
+    ("int2", "int4"),
+    ("timestamptz", "timestamptz"),
+    ("oid", "oid"),
+    ("name", "name"),
+    ("name", "text"),
+    ("text", "name"),
+    ("\"char\"", "\"char\""),
+    ("bool", "bool"),
+];
+
+/// A schema whose functions and operators fail when they are called.
+fn create_namesakes(database: &str) {
+    let mut admin = harness::client(database);
+    let raises = "LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''a namesake was called''; END'";
+    admin.batch_execute("CREATE SCHEMA evil").unwrap();
+    for (signature, returns) in NAMESAKES {
+        // `count` of rows is an aggregate, and an aggregate cannot be made of a function that raises by its call.
+        let sql = format!("CREATE FUNCTION evil.{signature} RETURNS {returns} {raises}");
+        admin.batch_execute(&sql).unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    }
+    admin
+        .batch_execute(&format!(
+            "CREATE FUNCTION evil.state(int8) RETURNS int8 {raises};
+             CREATE AGGREGATE evil.count(*) (SFUNC = evil.state, STYPE = int8, INITCOND = '0');"
+        ))
+        .unwrap();
+    for (left, right) in OPERANDS {
+        let function = format!("evil.compare({left}, {right})");
+        for (name, returns) in [("compare", "bool"), ("divide", left)] {
+            let sql =
+                format!("CREATE FUNCTION evil.{name}({left}, {right}) RETURNS {returns} {raises}");
+            admin.batch_execute(&sql).unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+        }
+        for operator in OPERATORS {
+            let called = if operator == "/" { "divide" } else { "compare" };
+            let sql = format!(
+                "CREATE OPERATOR evil.{operator}
+                     (LEFTARG = {left}, RIGHTARG = {right}, FUNCTION = evil.{called})"
+            );
+            admin
+                .batch_execute(&sql)
+                .unwrap_or_else(|error| panic!("{function} {operator}: {error:?}"));
+        }
+    }
+    for relation in [
+        "pg_class",
+        "pg_attribute",
+        "pg_namespace",
+        "pg_index",
+        "pg_inherits",
+        "pg_collation",
+        "pg_settings",
+        "pg_prepared_statements",
+    ] {
+        admin.batch_execute(&format!("CREATE VIEW evil.{relation} AS SELECT 1 AS evil")).unwrap();
+    }
+    for name in ["text", "int8", "int4", "oid", "regtype", "timestamptz"] {
+        admin.batch_execute(&format!("CREATE DOMAIN evil.{name} AS pg_catalog.bytea")).unwrap();
+    }
+    // They are what comes first.
+    let mut victim =
+        harness::client(&format!("{database}?options=-c%20search_path%3Devil,pg_catalog"));
+    for sql in [
+        "SELECT clock_timestamp()",
+        "SELECT 1::pg_catalog.int8 = 2::pg_catalog.int8",
+        "SELECT count(*) FROM pg_catalog.pg_class",
+    ] {
+        let error = victim.batch_execute(sql).unwrap_err();
+        assert!(chain(&error).contains("a namesake was called"), "{sql}: {}", chain(&error));
+    }
+}
+
+/// Everything that the store does, on a connection whose answers may be lost.
+fn everything(store: &PostgresCheckpointStore, proxy: Option<&Proxy>) {
+    store.migrate().unwrap();
+    store.save("orders", 1).unwrap();
+    store.save("orders", 2).unwrap();
+    store.advance("orders", 2, 3).unwrap();
+    store.advance("fresh", 0, 1).unwrap();
+    assert!(store.advance("fresh", 0, 1).unwrap_err().is_conflict());
+    assert!(store.advance("none", 5, 6).unwrap_err().is_conflict());
+    store.save_many(&[("orders", 4), ("b", 1), ("a", 1)]).unwrap();
+    assert_eq!(store.get("orders").unwrap(), 4);
+    assert_eq!(store.get("none").unwrap(), 0);
+    assert_eq!(store.find("none").unwrap(), None);
+    assert_eq!(store.all().unwrap().len(), 4);
+    assert!(store.wait_for("orders", 4, Duration::ZERO).unwrap());
+    assert_eq!(store.project("orders", |_, at| Ok(Some(at + 1))).unwrap(), Some(5));
+    assert_eq!(store.project("projected", |_, at| Ok(Some(at + 1))).unwrap(), Some(1));
+    assert_eq!(store.project("never", |_, _| Ok(None)).unwrap(), None);
+    let tried = |name| store.try_project(name, |_, at| Ok(Some(at + 1))).unwrap();
+    assert_eq!(tried("orders"), Batch::Committed(6));
+    assert_eq!(tried("tried"), Batch::Committed(1));
+    let mut client = store.connection().unwrap();
+    let mut tx = client.transaction().unwrap();
+    let mut here = store.in_transaction(&mut tx);
+    assert_eq!(here.lock("orders").unwrap(), 6);
+    assert_eq!(here.lock("locked").unwrap(), 0);
+    assert_eq!(here.try_lock("orders").unwrap(), Some(6));
+    assert_eq!(here.try_lock("absent").unwrap(), Some(0));
+    here.save("orders", 7).unwrap();
+    here.save_many(&[("orders", 8)]).unwrap();
+    here.advance("orders", 8, 9).unwrap();
+    assert_eq!(here.get("orders").unwrap(), 9);
+    assert!(here.all().unwrap().len() > 4);
+    assert!(here.delete("locked").unwrap());
+    tx.commit().unwrap();
+    drop(client);
+    if let Some(proxy) = proxy {
+        proxy.cut("save", Cut::BeforeTheAnswer);
+        assert!(proxy.disarm());
+        proxy.cut("INSERT", Cut::BeforeTheAnswer);
+        store.save("orders", 10).unwrap();
+        proxy.cut("INSERT", Cut::BeforeTheAnswer);
+        store.save_many(&[("orders", 11), ("a", 2)]).unwrap();
+        proxy.cut("DELETE", Cut::BeforeTheAnswer);
+        store.delete("tried").unwrap();
+        proxy.cut("COMMIT", Cut::BeforeTheAnswer);
+        assert_eq!(store.project("orders", |_, at| Ok(Some(at + 1))).unwrap(), Some(12));
+        let mut runs = 0;
+        let committed = store.project("orders", |tx, at| {
+            runs += 1;
+            if runs == 1 {
+                tx.batch_execute(
+                    "SELECT pg_catalog.pg_terminate_backend(pg_catalog.pg_backend_pid())",
+                )?;
+            }
+            Ok(Some(at + 1))
+        });
+        assert_eq!(committed.unwrap(), Some(13));
+        // A connection that was left in a failed transaction is discarded.
+        let mut client = store.connection().unwrap();
+        client.batch_execute("BEGIN").unwrap();
+        client.batch_execute("SELECT 1 / nothing").unwrap_err();
+        drop(client);
+        store.save("orders", 14).unwrap();
+        // The server turns read-only and back, and the closure finds out.
+        let mut runs = 0;
+        let error = store
+            .project("orders", |tx, at| {
+                runs += 1;
+                tx.batch_execute("SET TRANSACTION READ ONLY")?;
+                store.in_transaction(tx).save("orders", at + 1)?;
+                Ok(Some(at + 1))
+            })
+            .unwrap_err();
+        assert_eq!((runs, harness::sql_state(&error).as_deref()), (1, Some("25006")));
+    }
+    thread::scope(|scope| {
+        for i in 0..20 {
+            scope.spawn(move || {
+                for offset in 1..5 {
+                    store.save(&format!("projection {i}"), offset).unwrap();
+                    store.advance(&format!("advanced {i}"), offset - 1, offset).unwrap();
+                }
+            });
+        }
+    });
+    for checkpoint in store.all().unwrap() {
+        assert!(store.delete(&checkpoint.projection).unwrap());
+    }
+    assert!(!store.delete("orders").unwrap());
+}
+
+#[test]
+fn namesakes_of_functions_and_operators_are_never_called() {
+    let database = harness::fresh_database();
+    create_namesakes(&database);
+    let name = database.rsplit('/').next().unwrap();
+    let proxy = Proxy::to(harness::server().port());
+    let params =
+        format!("{} dbname={name} options='-c search_path=evil,public,pg_catalog'", proxy.params());
+    let mut schemas = 0;
+    for is_callers_pool in [false, true] {
+        for (prepared, group_commit) in [(false, false), (true, false), (false, true)] {
+            schemas += 1;
+            let builder = PostgresCheckpointStore::builder()
+                .schema(format!("made {schemas}"))
+                .updated_at_index(true)
+                .prepared_statements(prepared)
+                .group_commit(group_commit);
+            let store = if is_callers_pool {
+                builder.build(pool(&params, 4, Duration::from_secs(30))).unwrap()
+            } else {
+                builder.connect(&params).unwrap()
+            };
+            everything(&store, Some(&proxy));
+            // And what is there already is taken.
+            store.migrate().unwrap();
+        }
+    }
+}
+
+/// The same under plain settings, so that it is not the namesakes that something fails for.
+#[test]
+fn everything_works_without_namesakes() {
+    let database = harness::fresh_database();
+    let store =
+        PostgresCheckpointStore::builder().updated_at_index(true).connect(&database).unwrap();
+    everything(&store, None);
 }

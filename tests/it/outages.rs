@@ -890,3 +890,186 @@ fn a_waiter_is_not_disturbed_by_the_loss_of_others() {
         waiting.join().unwrap().unwrap();
     });
 }
+
+/// What the server has said to any attempt of a call comes out in the end, unless the last attempt says more.
+#[test]
+fn the_cause_that_one_attempt_has_learned_is_not_lost() {
+    const TIMEOUT: Duration = Duration::from_secs(2);
+    let schema = Schema::new();
+    schema
+        .client()
+        .batch_execute(
+            "INSERT INTO projection_checkpoints VALUES ('orders', 0, '2000-01-01');
+             CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$
+             BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NEW; END $$;
+             CREATE TRIGGER fail BEFORE INSERT OR UPDATE OR DELETE ON projection_checkpoints
+                 FOR EACH ROW EXECUTE FUNCTION fail();",
+        )
+        .unwrap();
+    type Call = fn(&PostgresCheckpointStore) -> Result<()>;
+    let calls: [(&str, Call); 5] = [
+        ("save", |store| store.save("orders", 1)),
+        ("save_many", |store| store.save_many(&[("orders", 1)])),
+        ("delete", |store| store.delete("orders").map(drop)),
+        ("project", |store| store.project("orders", |_, _| Ok(Some(1))).map(drop)),
+        ("project, in its closure", |store| {
+            let project = |tx: &mut checkpoint_store::postgres::Transaction<'_>, _| {
+                tx.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())")?;
+                Ok(Some(1))
+            };
+            store.project("orders", project).map(drop)
+        }),
+    ];
+    for is_callers_pool in [false, true] {
+        for (operation, call) in calls {
+            let explained = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+            let told = std::sync::Arc::clone(&explained);
+            let builder = PostgresCheckpointStore::builder()
+                .schema(&schema.name)
+                .max_connections(2)
+                .connection_timeout(TIMEOUT)
+                .on_retry(move |retry| {
+                    if retry.error.sql_state().is_some() {
+                        told.store(true, std::sync::atomic::Ordering::SeqCst);
+                    }
+                });
+            let params = harness::server().params();
+            let store = if is_callers_pool {
+                builder.build(harness::pool(&params, 2, TIMEOUT)).unwrap()
+            } else {
+                builder.connect(&params).unwrap()
+            };
+            for _ in 0..if operation.starts_with("project") { 8 } else { 1 } {
+                explained.store(false, std::sync::atomic::Ordering::SeqCst);
+                let error = call(&store).unwrap_err();
+                assert!(matches!(error, Error::Unavailable { .. }), "{operation}: {error:?}");
+                assert!(error.is_transient(), "{operation}: {error:?}");
+                if explained.load(std::sync::atomic::Ordering::SeqCst) {
+                    let state = error.sql_state().map(|it| it.code().to_owned());
+                    assert_eq!(state.as_deref(), Some("57P01"), "{operation}: {}", chain(&error));
+                }
+            }
+        }
+    }
+}
+
+/// A host that then says nothing at all does not make the first answer unsaid.
+#[test]
+fn the_cause_of_a_loss_outlives_an_outage_that_follows() {
+    let server = Server::start(Options::fast());
+    PostgresCheckpointStore::connect(&server.params()).unwrap().migrate().unwrap();
+    let store = PostgresCheckpointStore::builder()
+        .max_connections(1)
+        .connection_timeout(Duration::from_secs(2))
+        .connect(&server.params())
+        .unwrap();
+    store.save("orders", 1).unwrap();
+    for _ in 0..5 {
+        server.crash();
+        let error = store.get("orders").unwrap_err();
+        assert!(matches!(error, Error::Unavailable { operation: "get", .. }), "{error:?}");
+        server.restart();
+        wait_until("it works again", || store.get("orders").is_ok());
+    }
+    let gate = Gate::to(server.port());
+    let store = PostgresCheckpointStore::builder()
+        .max_connections(1)
+        .connection_timeout(Duration::from_secs(2))
+        .connect(&gate.params())
+        .unwrap();
+    store.get("orders").unwrap();
+    gate.forge("SELECT", "FATAL", "57P01");
+    gate.fall_silent();
+    let error = store.get("orders").unwrap_err();
+    assert!(matches!(error, Error::Unavailable { operation: "get", .. }), "{error:?}");
+    assert!(chain(&error).contains("forged by a test"), "{}", chain(&error));
+    assert!(error.is_transient());
+}
+
+/// A write that is not repeated because another client has intervened says that, and not how its connection ended.
+#[test]
+fn an_unknown_outcome_is_not_hidden_behind_its_cause() {
+    let schema = Schema::new();
+    let gate = Gate::to(harness::server().port());
+    let rival = schema.store.clone();
+    let store = PostgresCheckpointStore::builder()
+        .schema(&schema.name)
+        .max_connections(1)
+        .on_retry(move |_| rival.save("orders", 7).unwrap())
+        .connect(&gate.params())
+        .unwrap();
+    store.save("orders", 1).unwrap();
+    gate.forge("INSERT", "FATAL", "57P01");
+    let error = store.save("orders", 2).unwrap_err();
+    assert!(matches!(error, Error::Unavailable { operation: "save", .. }), "{error:?}");
+    assert!(chain(&error).contains("unknown whether the write was executed"), "{}", chain(&error));
+    assert_eq!(store.get("orders").unwrap(), 7);
+}
+
+#[test]
+fn an_error_of_the_callers_own_does_not_blame_the_store() {
+    let schema = Schema::new();
+    let mut client = schema.store.connection().unwrap();
+    let lost = client.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").unwrap_err();
+    let lost = Error::from(lost);
+    assert!(matches!(lost, Error::Unavailable { operation: "statement", .. }), "{lost:?}");
+    let failed = Error::from(schema.client().batch_execute("SELECT 1 / 0").unwrap_err());
+    assert!(matches!(failed, Error::Backend { operation: "statement", .. }), "{failed:?}");
+    let port = harness::free_port();
+    let params = format!("host=127.0.0.1 port={port} user=postgres");
+    let own = harness::pool(&params, 1, Duration::from_millis(100));
+    let refused = Error::from(own.get().err().expect("nobody listens"));
+    assert!(matches!(refused, Error::Unavailable { operation: "pool", .. }), "{refused:?}");
+    assert!(lost.is_transient() && refused.is_transient() && !failed.is_transient());
+    for error in [&lost, &failed, &refused] {
+        assert!(!error.to_string().contains("store"), "{error}");
+        assert!(std::error::Error::source(error).is_some());
+    }
+}
+
+#[test]
+fn a_boxed_error_keeps_what_it_was() {
+    type Boxed = Box<dyn std::error::Error + Send + Sync>;
+    let boxed = |error: Boxed| Error::from(error);
+    let conflict = boxed(Error::conflict("orders", 1, 2).into());
+    assert!(matches!(conflict, Error::Conflict { expected: 1, found: 2, .. }), "{conflict:?}");
+    let unavailable = boxed(Error::unavailable("save", "closed").into());
+    assert!(matches!(unavailable, Error::Unavailable { operation: "save", .. }), "{unavailable:?}");
+    let statement = |sql: &str| harness::server().client().batch_execute(sql).unwrap_err();
+    let failed = boxed(statement("SELECT 1 / 0").into());
+    assert!(matches!(failed, Error::Backend { operation: "statement", .. }), "{failed:?}");
+    assert_eq!(sql_state(&failed).as_deref(), Some("22012"));
+    let undone = boxed(statement("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$").into());
+    assert!(undone.is_transient(), "{undone:?}");
+    let lost = boxed(statement("SELECT pg_terminate_backend(pg_backend_pid())").into());
+    assert!(matches!(lost, Error::Unavailable { operation: "statement", .. }), "{lost:?}");
+    let port = harness::free_port();
+    let params = format!("host=127.0.0.1 port={port} user=postgres");
+    let pool = harness::pool(&params, 1, Duration::from_millis(100));
+    let refused = boxed(pool.get().err().expect("nobody listens").into());
+    assert!(matches!(refused, Error::Unavailable { operation: "pool", .. }), "{refused:?}");
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("of the caller's own")]
+    struct Own(#[source] checkpoint_store::postgres::Error);
+    let own = boxed(Own(statement("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")).into());
+    assert!(matches!(own, Error::Backend { operation: "apply", .. }), "{own:?}");
+    assert!(own.is_transient(), "the chain tells");
+    let own = boxed("a text".into());
+    assert!(matches!(own, Error::Backend { operation: "apply", .. }) && !own.is_transient());
+    // In a closure `?` makes the same of it, and a deadlock in it is retried.
+    let schema = Schema::new();
+    let mut runs = 0;
+    let committed = schema.store.project("orders", |tx, at| {
+        runs += 1;
+        let apply = |tx: &mut checkpoint_store::postgres::Transaction<'_>| -> std::result::Result<(), Boxed> {
+            if runs == 1 {
+                tx.batch_execute("DO $$ BEGIN RAISE SQLSTATE '40P01'; END $$")?;
+            }
+            Ok(())
+        };
+        apply(tx)?;
+        Ok(Some(at + 1))
+    });
+    assert_eq!((committed.unwrap(), runs), (Some(1), 2));
+}

@@ -360,3 +360,207 @@ fn the_debug_output_tells_the_table_and_no_parameter() {
     assert!(shown.contains(&schema.name), "{shown}");
     assert!(!shown.contains("hunter2") && !shown.contains("127.0.0.1"), "{shown}");
 }
+
+/// A table with three checkpoints, and a trigger on each write of a row.
+fn altering(body: &str) -> Schema {
+    let schema = Schema::new();
+    schema.store.save_many(&[("orders", 50), ("rival", 7), ("Zebra", 30)]).unwrap();
+    schema
+        .client()
+        .batch_execute(&format!(
+            "CREATE FUNCTION alter_it() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {body} END $$;
+             CREATE TRIGGER alter_it BEFORE INSERT OR UPDATE ON projection_checkpoints
+                 FOR EACH ROW EXECUTE FUNCTION alter_it();"
+        ))
+        .unwrap();
+    schema
+}
+
+/// As somebody else sees it.
+fn rows(schema: &Schema) -> Vec<(String, i64)> {
+    let query = "SELECT projection_name, \"offset\" FROM projection_checkpoints ORDER BY 1";
+    let rows = schema.client().query(query, &[]).unwrap();
+    rows.iter().map(|row| (row.get(0), row.get(1))).collect()
+}
+
+type Write = fn(&PostgresCheckpointStore, &str, i64, i64) -> checkpoint_store::Result<()>;
+
+fn in_transaction(
+    store: &PostgresCheckpointStore,
+    work: impl FnOnce(&mut checkpoint_store::InTransaction<'_, '_>) -> checkpoint_store::Result<()>,
+) -> checkpoint_store::Result<()> {
+    let mut client = store.connection()?;
+    let mut tx = client.transaction()?;
+    let outcome = work(&mut store.in_transaction(&mut tx));
+    // Even a caller that ignores the error keeps nothing of it.
+    let _ = tx.commit();
+    outcome
+}
+
+const WRITES: [(&str, Write); 8] = [
+    ("save", |store, name, _, to| store.save(name, to)),
+    ("save_many", |store, name, _, to| {
+        store.save_many(&[("rival", 100), (name, to), ("zoo", 1_000)])
+    }),
+    ("advance", |store, name, from, to| store.advance(name, from, to)),
+    ("project", |store, name, _, to| store.project(name, |_, _| Ok(Some(to))).map(drop)),
+    ("try_project", |store, name, _, to| store.try_project(name, |_, _| Ok(Some(to))).map(drop)),
+    ("save in a transaction", |store, name, _, to| in_transaction(store, |it| it.save(name, to))),
+    ("save_many in a transaction", |store, name, _, to| {
+        in_transaction(store, |it| it.save_many(&[("rival", 100), (name, to), ("zoo", 1_000)]))
+    }),
+    ("advance in a transaction", |store, name, from, to| {
+        in_transaction(store, |it| it.advance(name, from, to))
+    }),
+];
+
+#[test]
+fn a_write_that_the_server_alters_is_an_error_and_nothing_of_it_is_kept() {
+    const NOT_BACK: &str = "IF TG_OP = 'UPDATE' THEN NEW.\"offset\" := GREATEST(OLD.\"offset\", NEW.\"offset\"); END IF; RETURN NEW;";
+    const ROUNDED: &str = "NEW.\"offset\" := NEW.\"offset\" / 10 * 10; RETURN NEW;";
+    const OLD: &str = "IF TG_OP = 'UPDATE' THEN RETURN OLD; END IF; RETURN NEW;";
+    const LOWER: &str = "NEW.projection_name := lower(NEW.projection_name); RETURN NEW;";
+    const CAPPED: &str = "NEW.\"offset\" := LEAST(NEW.\"offset\", 1000); RETURN NEW;";
+    const ONE_MORE: &str = "NEW.\"offset\" := NEW.\"offset\" + 1; RETURN NEW;";
+    const RENAMED: &str = "NEW.projection_name := 'rival'; RETURN NEW;";
+    const RENAMED_LATER: &str = "IF TG_OP = 'UPDATE' THEN NEW.projection_name := NEW.projection_name || '!'; END IF; RETURN NEW;";
+    const TRIMMED: &str = "NEW.projection_name := btrim(NEW.projection_name); RETURN NEW;";
+    let trials = [
+        (NOT_BACK, "orders", 50, 10),
+        (OLD, "orders", 50, 60),
+        (OLD, "orders", 50, 10),
+        (ROUNDED, "orders", 50, 55),
+        (ROUNDED, "fresh", 0, 5),
+        (CAPPED, "orders", 50, 2_000),
+        (ONE_MORE, "orders", 50, 60),
+        (ONE_MORE, "fresh", 0, 60),
+        (LOWER, "Orders", 0, 60),
+        (LOWER, "Fresh", 0, 60),
+        (LOWER, "Zebra", 30, 60),
+        (RENAMED, "fresh", 0, 60),
+        (RENAMED_LATER, "orders", 50, 60),
+        (TRIMMED, " orders", 0, 60),
+    ];
+    for (body, name, from, to) in trials {
+        let schema = altering(body);
+        let before = rows(&schema);
+        let builder = || PostgresCheckpointStore::builder().schema(&schema.name).max_connections(2);
+        let params = harness::server().params();
+        for (kind, store) in [
+            ("plain", builder().connect(&params).unwrap()),
+            ("prepared", builder().prepared_statements(true).connect(&params).unwrap()),
+            ("grouped", builder().group_commit(true).connect(&params).unwrap()),
+        ] {
+            for (operation, write) in WRITES {
+                if to < from && (operation.starts_with("advance") || operation.contains("project"))
+                {
+                    continue; // refused before it is sent
+                }
+                let what = format!("{body}: {kind} {operation} of {name:?} from {from} to {to}");
+                let error = write(&store, name, from, to).expect_err(&what);
+                assert!(matches!(error, Error::Backend { .. }), "{what}: {error:?}");
+                assert!(!error.is_transient(), "{what}: {error:?}");
+                assert!(chain(&error).contains("trigger"), "{what}: {}", chain(&error));
+                assert_eq!(rows(&schema), before, "{what}");
+            }
+        }
+        // Where the trigger changes nothing everything works.
+        if !matches!(body, ONE_MORE | OLD | RENAMED | RENAMED_LATER) {
+            for (operation, write) in WRITES {
+                write(&schema.store, "later", 0, 10)
+                    .unwrap_or_else(|error| panic!("{operation}: {error:?}"));
+                schema.store.delete("later").unwrap();
+            }
+        }
+    }
+}
+
+/// A row that `lock` creates has to be the one that was asked for.
+#[test]
+fn a_lock_whose_row_is_made_under_another_name_is_an_error() {
+    let schema = altering("NEW.projection_name := lower(NEW.projection_name); RETURN NEW;");
+    let before = rows(&schema);
+    for name in ["Orders", "Fresh"] {
+        in_transaction(&schema.store, |it| it.lock(name).map(drop)).unwrap_err();
+        in_transaction(&schema.store, |it| it.try_lock(name).map(drop)).unwrap_err();
+        assert_eq!(rows(&schema), before);
+    }
+}
+
+/// The statement of a group is refused as a whole, and then each call has its own answer.
+#[test]
+fn in_a_group_a_write_that_is_altered_is_an_error_and_the_others_are_stored() {
+    const THREADS: usize = 24;
+    let schema = altering(
+        "IF NEW.projection_name LIKE 'rounded%' THEN NEW.\"offset\" := NEW.\"offset\" / 10 * 10; END IF;
+         RETURN NEW;",
+    );
+    let store = PostgresCheckpointStore::builder()
+        .schema(&schema.name)
+        .group_commit(true)
+        .connect(&harness::server().params())
+        .unwrap();
+    let name = |i: usize| format!("{} {i}", if i % 3 == 0 { "rounded" } else { "kept" });
+    for i in 0..THREADS {
+        store.save(&name(i), 10).unwrap();
+    }
+    let store = &store;
+    std::thread::scope(|scope| {
+        for i in 0..THREADS {
+            scope.spawn(move || {
+                let name = name(i);
+                for offset in 11..20 {
+                    let outcome = if i % 2 == 0 {
+                        store.save(&name, offset)
+                    } else {
+                        store.advance(&name, if i % 3 == 0 { 10 } else { offset - 1 }, offset)
+                    };
+                    match outcome {
+                        Ok(()) => assert_ne!(i % 3, 0, "{name} at {offset}"),
+                        Err(error) => {
+                            assert_eq!(i % 3, 0, "{name} at {offset}: {error:?}");
+                            assert!(chain(&error).contains("trigger"), "{}", chain(&error));
+                        }
+                    }
+                }
+            });
+        }
+    });
+    for i in 0..THREADS {
+        assert_eq!(store.get(&name(i)).unwrap(), if i % 3 == 0 { 10 } else { 19 });
+    }
+}
+
+#[test]
+fn a_delete_that_the_server_discards_is_an_error() {
+    let schema = Schema::new();
+    schema.store.save("orders", 50).unwrap();
+    schema
+        .client()
+        .batch_execute(
+            "CREATE FUNCTION discard() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+             CREATE TRIGGER discard BEFORE DELETE ON projection_checkpoints
+                 FOR EACH ROW EXECUTE FUNCTION discard();",
+        )
+        .unwrap();
+    for error in [
+        schema.store.delete("orders").unwrap_err(),
+        in_transaction(&schema.store, |it| it.delete("orders").map(drop)).unwrap_err(),
+    ] {
+        assert!(matches!(error, Error::Backend { operation: "delete", .. }), "{error:?}");
+        assert!(!error.is_transient(), "{error:?}");
+        assert!(chain(&error).contains("trigger"), "{}", chain(&error));
+    }
+    assert_eq!(schema.store.get("orders").unwrap(), 50);
+    assert!(!schema.store.delete("never there").unwrap());
+}
+
+/// A division by zero of the caller's trigger is not taken for the store's own.
+#[test]
+fn an_error_of_a_trigger_comes_out_as_it_is() {
+    let schema = altering("PERFORM 1 / (NEW.\"offset\" - 60); RETURN NEW;");
+    for (operation, write) in WRITES {
+        let error = write(&schema.store, "orders", 50, 60).expect_err(operation);
+        assert_eq!(sql_state(&error).as_deref(), Some("22012"), "{operation}: {}", chain(&error));
+    }
+}

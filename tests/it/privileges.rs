@@ -190,6 +190,37 @@ fn a_table_that_may_not_be_made_is_an_error_that_names_it() {
 }
 
 #[test]
+fn migrate_names_the_right_to_create_that_is_missing() {
+    let mut granted = Granted::nothing();
+    let migrate = |granted: &Granted, schema: &str, table: &str, index: bool| {
+        let store = PostgresCheckpointStore::builder()
+            .schema(schema)
+            .table(table)
+            .updated_at_index(index)
+            .connect(&granted.params)
+            .unwrap();
+        let error = store.migrate().unwrap_err();
+        assert!(matches!(error, Error::Backend { operation: "migrate", .. }), "{error:?}");
+        assert_eq!(error.sql_state(), Some(&SqlState::INSUFFICIENT_PRIVILEGE));
+        assert!(!error.is_transient());
+        chain(&error)
+    };
+    let told = migrate(&granted, "app", "not there", false);
+    assert!(told.contains("lacks USAGE on the schema \"app\""), "{told}");
+    granted.grant(GRANTS[0]);
+    let told = migrate(&granted, "app", "not there", false);
+    assert!(told.contains("lacks CREATE on the schema \"app\""), "{told}");
+    assert!(told.contains("permission denied for schema app"), "{told}");
+    let told = migrate(&granted, "not there", "not there", false);
+    assert!(told.contains("lacks CREATE on the database"), "{told}");
+    for grant in &GRANTS[1..] {
+        granted.grant(*grant);
+    }
+    let told = migrate(&granted, "app", "projection_checkpoints", true);
+    assert!(told.contains("lacks ownership of the table \"app\""), "{told}");
+}
+
+#[test]
 fn a_role_that_may_create_in_the_schema_and_no_schema_migrates() {
     let mut granted = Granted::nothing();
     granted.grant(GRANTS[0]);

@@ -1,6 +1,7 @@
 //! Every file in `sql/` runs as it stands, in psql, on `public.projection_checkpoints`.
 
 use std::fs;
+use std::path::Path;
 
 use checkpoint_store::PostgresCheckpointStore;
 
@@ -76,4 +77,213 @@ fn every_file_runs_as_it_stands_in_psql() {
         tried += 1;
     }
     assert_eq!(tried, 27);
+}
+
+/// One piece of SQL: a name, with its quotes if it has some, an operator, or another character.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Token {
+    Name(String),
+    Operator(String),
+    Sign(char),
+}
+
+/// Without strings, numbers, parameters and comments, in which no name is looked up.
+fn tokens(sql: &str) -> Vec<Token> {
+    const OPERATORS: &str = "+-*/<>=~!@#%^&|?";
+    let is_name = |c: char| c.is_alphanumeric() || c == '_';
+    let mut tokens = Vec::new();
+    let mut rest = sql;
+    while let Some(c) = rest.chars().next() {
+        let length = match c {
+            '-' if rest.starts_with("--") => rest.find('\n').unwrap_or(rest.len()),
+            '\'' => 2 + rest[1..].find('\'').expect("a string ends"),
+            '"' => 2 + rest[1..].find('"').expect("a quoted name ends"),
+            '$' | '0'..='9' => 1 + rest[1..].find(|c| !is_name(c)).unwrap_or(rest.len() - 1),
+            _ if is_name(c) => rest.find(|c| !is_name(c)).unwrap_or(rest.len()),
+            _ if OPERATORS.contains(c) => {
+                rest.find(|c| !OPERATORS.contains(c)).unwrap_or(rest.len())
+            }
+            _ => c.len_utf8(),
+        };
+        let text = rest[..length].to_owned();
+        match c {
+            '"' => tokens.push(Token::Name(text)),
+            '\'' | '$' | '0'..='9' => tokens.push(Token::Sign('0')), // a value
+            '-' if text.starts_with("--") => {}
+            _ if is_name(c) => tokens.push(Token::Name(text)),
+            _ if OPERATORS.contains(c) => tokens.push(Token::Operator(text)),
+            _ if c.is_whitespace() => {}
+            _ => tokens.push(Token::Sign(c)),
+        }
+        rest = &rest[length..];
+    }
+    tokens
+}
+
+/// The functions, operators, types, collations and system tables that are looked up along the search path.
+fn unqualified(sql: &str) -> Vec<String> {
+    /// What stands before a parenthesis and is no function, or one of the grammar's own.
+    const KEYWORDS: [&str; 21] = [
+        "VALUES",
+        "IN",
+        "ANY",
+        "ALL",
+        "EXISTS",
+        "AS",
+        "FROM",
+        "OPERATOR",
+        "WITH",
+        "CONFLICT",
+        "COALESCE",
+        "ARRAY",
+        "AND",
+        "OR",
+        "NOT",
+        "WHERE",
+        "SELECT",
+        "ON",
+        "MATERIALIZED",
+        "KEY",
+        "NULLIF",
+    ];
+    let tokens = tokens(sql);
+    let is_named = |i: usize, name: &str| matches!(tokens.get(i), Some(Token::Name(found)) if found.eq_ignore_ascii_case(name));
+    let is_sign = |i: usize, sign| tokens.get(i) == Some(&Token::Sign(sign));
+    // What stands before position i, if it is `pg_catalog.`.
+    let is_qualified = |i: usize| i >= 2 && is_sign(i - 1, '.') && is_named(i - 2, "pg_catalog");
+    let mut found = Vec::new();
+    for (i, token) in tokens.iter().enumerate() {
+        let before = i.saturating_sub(1);
+        match token {
+            Token::Operator(operator) => {
+                let is_assignment = operator == "="
+                    && (0..i)
+                        .rev()
+                        .find(|&j| {
+                            is_named(j, "SET") || is_named(j, "WHERE") || is_named(j, "SELECT")
+                        })
+                        .is_some_and(|j| is_named(j, "SET"))
+                    && (is_named(i - 2, "SET") || is_sign(i - 2, ','));
+                let is_parameter = is_named(before, "fillfactor");
+                let is_every_row = operator == "*" && is_sign(before, '(') && is_sign(i + 1, ')');
+                if !(is_assignment || is_parameter || is_every_row || is_qualified(i)) {
+                    found.push(format!("operator {operator}"));
+                }
+            }
+            Token::Name(name) => {
+                // `public.projection_checkpoints (..)` and what `AS` names are no functions.
+                let is_called = is_sign(i + 1, '(')
+                    && !KEYWORDS.contains(&name.to_uppercase().as_str())
+                    && !is_named(before, "AS")
+                    && !is_named(before, "OF")
+                    && !(is_sign(before, '.') && is_named(i.saturating_sub(2), "public"));
+                let is_type = is_sign(before, ':') && i >= 2 && is_sign(i - 2, ':');
+                let is_collation = is_named(before, "COLLATE");
+                // A type, and a collation, are given by their schema here.
+                let is_schema = name == "pg_catalog";
+                let is_system_table = name.starts_with("pg_")
+                    && !is_schema
+                    && (is_named(before, "FROM") || is_named(before, "JOIN"));
+                let is_looked_up = is_called
+                    || is_type && !is_schema
+                    || is_collation && !is_schema
+                    || is_system_table;
+                if is_looked_up && !is_qualified(i) {
+                    found.push(name.clone());
+                }
+            }
+            Token::Sign(_) => {}
+        }
+    }
+    found
+}
+
+/// The string literals of a Rust file that are SQL, up to its unit tests.
+fn sql_in(source: &str) -> Vec<String> {
+    const BEGINNINGS: [&str; 12] = [
+        "SELECT ",
+        "INSERT ",
+        "UPDATE ",
+        "DELETE ",
+        "WITH ",
+        "SAVEPOINT ",
+        "ROLLBACK",
+        "RELEASE ",
+        "CREATE ",
+        "SET ",
+        "COMMIT",
+        "BEGIN",
+    ];
+    let source = source.split("#[cfg(test)]\nmod tests").next().expect("a first piece");
+    let code: String = source
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    let mut literals = Vec::new();
+    let mut rest = code.as_str();
+    while let Some(begin) = rest.find('"') {
+        if rest[..begin].ends_with('\'') {
+            rest = &rest[begin + 1..]; // the character
+            continue;
+        }
+        let mut end = begin + 1;
+        while !rest[end..].starts_with('"') {
+            let c = rest[end..].chars().next().expect("a literal ends");
+            end += c.len_utf8();
+            if c == '\\' {
+                end += rest[end..].chars().next().expect("a literal ends").len_utf8();
+            }
+        }
+        literals.push(rest[begin + 1..end].replace("\\\"", "\"").replace("\\\n", ""));
+        rest = &rest[end + 1..];
+    }
+    let is_sql = |text: &String| BEGINNINGS.iter().any(|it| text.trim_start().starts_with(it));
+    literals.into_iter().filter(is_sql).collect()
+}
+
+#[test]
+fn every_function_operator_and_type_is_qualified() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut statements = Vec::new();
+    for entry in fs::read_dir(root.join("sql")).unwrap() {
+        let path = entry.unwrap().path();
+        statements.push((path.display().to_string(), fs::read_to_string(&path).unwrap()));
+    }
+    for entry in fs::read_dir(root.join("src/pg")).unwrap() {
+        let path = entry.unwrap().path();
+        let source = fs::read_to_string(&path).unwrap();
+        statements.extend(sql_in(&source).into_iter().map(|sql| (path.display().to_string(), sql)));
+    }
+    assert!(statements.len() > 35, "{}: the statements in the code are found", statements.len());
+    let faults: Vec<_> = statements
+        .iter()
+        .map(|(place, sql)| (place, unqualified(sql)))
+        .filter(|(_, names)| !names.is_empty())
+        .collect();
+    assert!(faults.is_empty(), "{faults:#?}");
+}
+
+#[test]
+fn an_unqualified_name_is_found() {
+    for (sql, expected) in [
+        ("SELECT now()", "now"),
+        ("SELECT pg_catalog.now() < $1", "operator <"),
+        ("SELECT a FROM t WHERE a = 1", "operator ="),
+        ("UPDATE t SET a = 1 WHERE b = 1", "operator ="),
+        ("UPDATE t SET a = 1, b = c / 2", "operator /"),
+        ("SELECT count(*) FROM t", "count"),
+        ("SELECT $1::text", "text"),
+        ("SELECT a COLLATE \"C\"", "\"C\""),
+        ("SELECT * FROM pg_class", "pg_class"),
+        ("SELECT 'a = b' || \"=\"", "operator ||"),
+        ("SELECT a OPERATOR(public.=) 1", "operator ="),
+    ] {
+        let found = unqualified(sql);
+        assert!(found.iter().any(|it| it == expected), "{sql}: {found:?}");
+    }
+    let fine = "UPDATE t SET a = $1, \"b\" = 'x = y' -- a = b
+                WHERE a OPERATOR(pg_catalog.=) 1 AND x IN (SELECT pg_catalog.count(*)::pg_catalog.int4
+                FROM pg_catalog.pg_class ORDER BY y COLLATE pg_catalog.\"C\")";
+    assert_eq!(unqualified(fine), [""; 0]);
 }
