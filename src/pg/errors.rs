@@ -168,11 +168,13 @@ pub(crate) fn postgres_error<'a>(
         .find_map(|cause| cause.downcast_ref::<postgres::Error>())
 }
 
-/// Whether the error holds a message of the server's: `postgres` often reports no more than "connection
+/// Whether the error holds a message of the server's, or the store's own finding: `postgres` often reports no more than "connection
 /// closed" for a connection whose end the server has explained.
 pub(crate) fn is_explained(error: &Error) -> bool {
-    let r2d2 = error.source().and_then(|cause| cause.downcast_ref::<r2d2::Error>());
-    r2d2.is_some_and(names_its_cause)
+    let cause = error.source();
+    let r2d2 = cause.and_then(|cause| cause.downcast_ref::<r2d2::Error>());
+    cause.is_some_and(<dyn StdError>::is::<OutcomeUnknown>)
+        || r2d2.is_some_and(names_its_cause)
         || postgres_error(error).is_some_and(|error| error.as_db_error().is_some())
 }
 

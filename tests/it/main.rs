@@ -32,6 +32,7 @@ mod project;
 mod public_face;
 mod recipes;
 mod redis;
+mod repeats;
 mod secrets;
 mod sql_files;
 mod threaded_batch;
