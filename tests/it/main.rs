@@ -34,6 +34,7 @@ mod recipes;
 mod redis;
 mod repeats;
 mod secrets;
+mod silence;
 mod sql_files;
 mod threaded_batch;
 mod tls;
