@@ -58,14 +58,31 @@ impl Connections {
         timeout: Duration,
         prepares: bool,
     ) -> Outcome<Self> {
-        Ok(Self {
-            pool: Arc::new(Pool::with_slots(size, first)?),
+        /// A slot is there as soon as a thread of r2d2 has run.
+        const TIME_FOR_A_SLOT: Duration = Duration::from_secs(1);
+        let pool = match Pool::with_slots(size) {
+            Ok(pool) => pool,
+            Err(error) => {
+                close(first);
+                return Err(error.into());
+            }
+        };
+        let connections = Self {
+            pool: Arc::new(pool),
             timeout,
             prepares,
             observer: None,
             history: Arc::default(),
             logins: Some(Logins::new(connector, prepares)),
-        })
+        };
+        match connections.pool.take(TIME_FOR_A_SLOT) {
+            Ok(mut slot) => {
+                slot.fill(first);
+                connections.lend(slot).mark_tested();
+            }
+            Err(_) => close(first),
+        }
+        Ok(connections)
     }
 
     /// A pool of the caller's, and its time-out unless there is another.
@@ -182,6 +199,9 @@ impl Connections {
                 }
                 let mut client = self.lend(loan);
                 client.mark_tested();
+                if logins.found_shared_session() {
+                    continue;
+                }
                 return Ok(client);
             }
             let mut client = self.lend(loan);

@@ -168,14 +168,13 @@ pub(crate) fn postgres_error<'a>(
         .find_map(|cause| cause.downcast_ref::<postgres::Error>())
 }
 
-/// Whether the error says why: with a message of the server's, or that another client has intervened.
-/// `postgres` often reports no more than "connection closed" for a connection whose end the server has explained.
+/// Whether the error says why: with a message of the server's, or with a finding of the store's own.
+/// `postgres` often reports no more than "connection closed" where the server has explained the end.
 pub(crate) fn is_explained(error: &Error) -> bool {
-    if error.source().is_some_and(<dyn StdError>::is::<OutcomeUnknown>) {
-        return true;
-    }
-    let r2d2 = error.source().and_then(|cause| cause.downcast_ref::<r2d2::Error>());
-    r2d2.is_some_and(names_its_cause)
+    let cause = error.source();
+    let r2d2 = cause.and_then(|cause| cause.downcast_ref::<r2d2::Error>());
+    cause.is_some_and(<dyn StdError>::is::<OutcomeUnknown>)
+        || r2d2.is_some_and(names_its_cause)
         || postgres_error(error).is_some_and(|error| error.as_db_error().is_some())
 }
 

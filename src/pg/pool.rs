@@ -21,10 +21,8 @@ pub(crate) struct Pool {
 }
 
 impl Pool {
-    /// The builder's pool, with its first connection.
-    pub(crate) fn with_slots(size: u32, first: Client) -> Result<Self, NoThread> {
-        /// A slot is there as soon as a thread of r2d2 has run.
-        const TIME_FOR_A_SLOT: Duration = Duration::from_secs(1);
+    /// The builder's pool, without a connection.
+    pub(crate) fn with_slots(size: u32) -> Result<Self, NoThread> {
         let manager = SlotManager::default();
         let empty = Arc::clone(&manager.empty);
         let build = || {
@@ -36,14 +34,7 @@ impl Pool {
                 .build_unchecked(manager)
         };
         // r2d2 panics where it cannot start its threads.
-        let Ok(pool) = catch_unwind(AssertUnwindSafe(build)) else {
-            close(first);
-            return Err(NoThread);
-        };
-        match pool.get_timeout(TIME_FOR_A_SLOT) {
-            Ok(mut slot) => slot.fill(first),
-            Err(_) => close(first),
-        }
+        let pool = catch_unwind(AssertUnwindSafe(build)).map_err(|_| NoThread)?;
         Ok(Self { erased: Some(Box::new(pool)), empty })
     }
 

@@ -131,11 +131,27 @@ impl Queries {
         }
     }
 
-    /// What the server's clock showed at that moment, or a little earlier: the time that the answer took is
-    /// subtracted as well. Rows that another server wrote before a failover have the time of another clock, so
-    /// nothing can be said soon after one. A server that was promoted is on another timeline than the first,
-    /// which tells it from one that has recovered from a crash of its own.
+    /// What the server's clock showed at that moment, or a little earlier: by the time that the fastest of a
+    /// few answers took. The first one on a new connection is slow, and the row may have been written just
+    /// before that moment.
     fn server_time_at(&self, session: &mut impl Session, moment: Instant) -> Outcome<SystemTime> {
+        const QUESTIONS: usize = 4;
+        let mut latest = self.server_time_before(session, moment)?;
+        for _ in 1..QUESTIONS {
+            latest = latest.max(self.server_time_before(session, moment)?);
+        }
+        Ok(latest)
+    }
+
+    /// What the server's clock showed before that moment, by the time that the answer took. Rows that another
+    /// server wrote before a failover have the time of another clock, so nothing can be said soon after one.
+    /// A server that was promoted is on another timeline than the first, which tells it from one that has
+    /// recovered from a crash of its own.
+    fn server_time_before(
+        &self,
+        session: &mut impl Session,
+        moment: Instant,
+    ) -> Outcome<SystemTime> {
         /// By how much the clocks of a primary and its standby may differ.
         const CLOCK_SKEW: Duration = Duration::from_secs(60);
         let rows = session.query(&self.sql.server_time, &[])?;

@@ -135,9 +135,15 @@ fn a_running_store_that_is_refused_says_so_without_waiting_for_its_time_out() {
 }
 
 #[test]
-fn connections_are_opened_as_they_are_needed() {
+fn the_connection_of_connect_is_the_pools_first_and_others_are_opened_as_they_are_needed() {
     let store = PostgresCheckpointStore::connect(&server().params()).unwrap();
-    assert_eq!(store.pool_state().connections, 0);
-    store.migrate().unwrap();
     assert_eq!(store.pool_state().connections, 1);
+    assert_eq!(store.pool_state().idle_connections, 1);
+    let first = store.connection().unwrap();
+    assert_eq!(store.pool_state().connections, 1);
+    let second = store.connection().unwrap();
+    assert_eq!(store.pool_state().connections, 2);
+    drop((first, second));
+    store.migrate().unwrap();
+    assert_eq!(store.pool_state().connections, 2);
 }

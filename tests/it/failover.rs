@@ -88,7 +88,14 @@ fn a_fail_over_loses_nothing_that_was_acknowledged_and_the_same_store_goes_on() 
                 while !done.load(Ordering::Relaxed) {
                     let from = worker.acknowledged();
                     match i % 3 {
-                        0 => worker.step(|from| store.save(&name, from + 1), from).unwrap(),
+                        // Soon after a failover the server's clock does not tell who has written since.
+                        0 => match worker.step(|from| store.save(&name, from + 1), from) {
+                            Ok(()) => {}
+                            Err(error) => {
+                                assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+                                assert!(error.is_transient(), "{error:?}");
+                            }
+                        },
                         1 => match worker.step(|from| store.advance(&name, from, from + 1), from) {
                             Ok(()) => {}
                             Err(error) => {
@@ -126,8 +133,7 @@ fn a_fail_over_loses_nothing_that_was_acknowledged_and_the_same_store_goes_on() 
         let longest = *worker.longest.lock().unwrap();
         println!("{name}: {errors} errors, longest wait {longest:?}");
         match i % 3 {
-            0 => assert_eq!(errors, 0, "{name}"),
-            1 => assert!(errors <= 2, "{name}: {errors} errors"),
+            0 | 1 => assert!(errors <= 2, "{name}: {errors} errors"),
             _ => {
                 let sql = "SELECT events FROM counted WHERE projection = $1";
                 let counted: i64 = client.query_one(sql, &[&name]).unwrap().get(0);

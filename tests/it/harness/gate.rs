@@ -1,7 +1,8 @@
+use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -14,6 +15,13 @@ pub(crate) struct Gate {
     accepted: Arc<AtomicUsize>,
     unanswered: Arc<AtomicUsize>,
     forged: Arc<Mutex<Option<Forgery>>>,
+    led: Arc<Mutex<HashMap<u16, Led>>>,
+}
+
+/// A connection that was led to a server, which knows it by its port.
+struct Led {
+    client: TcpStream,
+    is_silent: Arc<AtomicBool>,
 }
 
 /// An answer that the client gets instead of the server's to the next request with this text in it.
@@ -36,7 +44,9 @@ impl Gate {
             accepted: Arc::default(),
             unanswered: Arc::default(),
             forged: Arc::default(),
+            led: Arc::default(),
         };
+        let led = Arc::clone(&gate.led);
         let (server, accepted) = (Arc::clone(&gate.server), Arc::clone(&gate.accepted));
         let (unanswered, forged) = (Arc::clone(&gate.unanswered), Arc::clone(&gate.forged));
         thread::spawn(move || {
@@ -54,13 +64,13 @@ impl Gate {
                     }
                     ANSWERING_KNOCKS => {
                         let (server, unanswered) = (Arc::clone(&server), Arc::clone(&unanswered));
-                        let forged = Arc::clone(&forged);
-                        thread::spawn(move || let_wait(client, &server, &unanswered, forged));
+                        let (forged, led) = (Arc::clone(&forged), Arc::clone(&led));
+                        thread::spawn(move || let_wait(client, &server, &unanswered, forged, &led));
                     }
                     REFUSING => drop(thread::spawn(move || refuse(client))),
                     port => {
                         let server = TcpStream::connect(("127.0.0.1", port)).expect("the server");
-                        lead(&client, &server, Arc::clone(&forged));
+                        lead(&client, &server, Arc::clone(&forged), &led);
                     }
                 }
             }
@@ -89,6 +99,27 @@ impl Gate {
     /// New connections are told that there is no TLS, and a login waits until they are led somewhere.
     pub(crate) fn answer_knocks_only(&self) {
         self.lead_to(ANSWERING_KNOCKS);
+    }
+
+    /// No byte passes any longer on the connections that are there, which stay open; new ones are led on.
+    pub(crate) fn silence_established(&self) {
+        self.led().values().for_each(|led| led.is_silent.store(true, Ordering::SeqCst));
+    }
+
+    /// The same for the connection that the server knows by this port.
+    pub(crate) fn silence(&self, port: u16) {
+        self.led()[&port].is_silent.store(true, Ordering::SeqCst);
+    }
+
+    /// Hangs up on the clients whose connections are silent.
+    pub(crate) fn hang_up(&self) {
+        for led in self.led().values().filter(|led| led.is_silent.load(Ordering::SeqCst)) {
+            let _ = led.client.shutdown(Shutdown::Both);
+        }
+    }
+
+    fn led(&self) -> MutexGuard<'_, HashMap<u16, Led>> {
+        self.led.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has the client told instead of the next answer that it has lost its session; once. The server
@@ -130,6 +161,7 @@ fn let_wait(
     leads_to: &AtomicU16,
     unanswered: &AtomicUsize,
     forged: Arc<Mutex<Option<Forgery>>>,
+    led: &Mutex<HashMap<u16, Led>>,
 ) {
     const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
     let mut first = [0; 1_024];
@@ -148,7 +180,7 @@ fn let_wait(
     unanswered.fetch_sub(1, Ordering::SeqCst);
     let mut server = TcpStream::connect(("127.0.0.1", port)).expect("the server");
     server.write_all(&first[..length]).expect("an open connection");
-    lead(&client, &server, forged);
+    lead(&client, &server, forged, led);
 }
 
 fn swallow(mut client: TcpStream) {
@@ -156,13 +188,23 @@ fn swallow(mut client: TcpStream) {
     while let Ok(1..) = client.read(&mut buffer) {}
 }
 
-fn lead(client: &TcpStream, server: &TcpStream, forged: Arc<Mutex<Option<Forgery>>>) {
+fn lead(
+    client: &TcpStream,
+    server: &TcpStream,
+    forged: Arc<Mutex<Option<Forgery>>>,
+    led: &Mutex<HashMap<u16, Led>>,
+) {
+    let is_silent = Arc::new(AtomicBool::new(false));
+    let port = server.local_addr().expect("a bound address").port();
+    let known = Led { client: copy_of(client), is_silent: Arc::clone(&is_silent) };
+    led.lock().unwrap_or_else(PoisonError::into_inner).insert(port, known);
+    let silent_too = Arc::clone(&is_silent);
     let (from_client, to_server) = (copy_of(client), copy_of(server));
     let (from_server, to_client) = (copy_of(server), copy_of(client));
     let due: Arc<Mutex<Option<Forgery>>> = Arc::default();
     let armed = Arc::clone(&due);
     thread::spawn(move || {
-        pump(from_client, to_server, |request| {
+        pump(from_client, to_server, &is_silent, |request| {
             let mut forged = forged.lock().unwrap_or_else(PoisonError::into_inner);
             let is_meant = |forgery: &mut Forgery| {
                 request.windows(forgery.text.len()).any(|piece| piece == forgery.text.as_bytes())
@@ -174,7 +216,7 @@ fn lead(client: &TcpStream, server: &TcpStream, forged: Arc<Mutex<Option<Forgery
         });
     });
     thread::spawn(move || {
-        pump(from_server, to_client, |_answer| {
+        pump(from_server, to_client, &silent_too, |_answer| {
             let forgery = due.lock().unwrap_or_else(PoisonError::into_inner).take()?;
             Some(error_response(forgery.severity, forgery.code))
         });
@@ -187,9 +229,17 @@ fn copy_of(stream: &TcpStream) -> TcpStream {
 }
 
 /// Passes on what comes, until something else is to be said: then that, and nothing after it.
-fn pump(mut from: TcpStream, mut to: TcpStream, instead: impl Fn(&[u8]) -> Option<Vec<u8>>) {
+fn pump(
+    mut from: TcpStream,
+    mut to: TcpStream,
+    is_silent: &AtomicBool,
+    instead: impl Fn(&[u8]) -> Option<Vec<u8>>,
+) {
     let mut buffer = vec![0; 1 << 16];
     while let Ok(read @ 1..) = from.read(&mut buffer) {
+        if is_silent.load(Ordering::SeqCst) {
+            continue;
+        }
         let said = instead(&buffer[..read]);
         if to.write_all(said.as_deref().unwrap_or(&buffer[..read])).is_err() {
             break;
@@ -197,6 +247,9 @@ fn pump(mut from: TcpStream, mut to: TcpStream, instead: impl Fn(&[u8]) -> Optio
         if said.is_some() {
             return; // and leaves it to the client to hang up
         }
+    }
+    if is_silent.load(Ordering::SeqCst) {
+        return; // the other side does not hear of the end
     }
     let _ = to.shutdown(Shutdown::Write);
 }

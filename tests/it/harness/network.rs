@@ -1,4 +1,5 @@
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::guard::Guard;
 use super::server::server_user;
@@ -9,6 +10,8 @@ pub(crate) struct Network {
     address: String,
     /// Takes it all away at the end.
     _guard: Guard,
+    /// One at a time: they share their names and addresses.
+    _turn: MutexGuard<'static, ()>,
 }
 
 const NEEDS: &str = "this test makes a network namespace and a link to it, and needs root, \
@@ -16,6 +19,8 @@ const NEEDS: &str = "this test makes a network namespace and a link to it, and n
 
 impl Network {
     pub(crate) fn new() -> Self {
+        static TURN: Mutex<()> = Mutex::new(());
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let id = std::process::id();
         let namespace = format!("checkpoint-{id}");
         let (outer, inner) = (format!("cpo{id}"), "inner");
@@ -39,7 +44,7 @@ impl Network {
         run(&["ip", "-n", &namespace, "addr", "add", &format!("{}/30", at(2)), "dev", inner]);
         run(&["ip", "-n", &namespace, "link", "set", "lo", "up"]);
         run(&["ip", "link", "set", &outer, "up"]);
-        let network = Self { namespace, address: at(2), _guard: guard };
+        let network = Self { namespace, address: at(2), _guard: guard, _turn: turn };
         network.mend();
         network
     }

@@ -49,7 +49,7 @@ impl Proxy {
         thread::spawn(move || {
             for client in listener.incoming() {
                 let client = client.expect("a client");
-                let server = TcpStream::connect(("127.0.0.1", server_port)).expect("the server");
+                let Ok(server) = TcpStream::connect(("127.0.0.1", server_port)) else { continue };
                 client.set_nodelay(true).expect("an open socket");
                 server.set_nodelay(true).expect("an open socket");
                 let server_spoke_last = Arc::new(AtomicBool::new(true));

@@ -1,9 +1,10 @@
 //! What six threads were told while their connections ended, recorded; and an order of it that
 //! explains each answer. A call whose outcome is unknown may have happened at any time since, or never.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -14,12 +15,23 @@ use fastrand::Rng;
 use stateright::semantics::{ConsistencyTester, LinearizabilityTester, SequentialSpec};
 
 use crate::faults::Row;
-use crate::harness::{Options, Server, wait_until};
+use crate::harness::{Cut, Options, Proxy, Server, wait_until};
 
 #[derive(Debug, Clone, PartialEq)]
 enum Call {
     Get,
-    Advance { from: i64, to: i64 },
+    Advance {
+        from: i64,
+        to: i64,
+    },
+    /// Of `save_many` too, on each of its projections.
+    Save(i64),
+    Delete,
+    /// One run of the closure of a call of `project`.
+    Batch {
+        call: u64,
+    },
+    /// A call of `project` as a whole.
     Project,
 }
 
@@ -28,15 +40,25 @@ enum Answer {
     Got(i64),
     Advanced,
     Conflict(i64),
+    Saved,
+    Deleted(bool),
+    /// By the first attempt of a call that was repeated, or by nobody.
+    Gone,
     /// Its own batch.
-    Projected(i64),
+    Committed(i64),
     /// A rival has got there, or beyond, after a COMMIT of its own was lost.
     Overtaken(i64),
 }
 
 /// One projection's checkpoint, as a single thread would see it.
 #[derive(Debug, Clone, Default)]
-struct Model(i64);
+struct Model(Option<i64>);
+
+impl Model {
+    fn offset(&self) -> i64 {
+        self.0.unwrap_or(0)
+    }
+}
 
 impl SequentialSpec for Model {
     type Op = Call;
@@ -44,22 +66,32 @@ impl SequentialSpec for Model {
 
     fn invoke(&mut self, call: &Call) -> Answer {
         match *call {
-            Call::Get => Answer::Got(self.0),
-            Call::Advance { from, .. } if from != self.0 => Answer::Conflict(self.0),
+            Call::Get => Answer::Got(self.offset()),
+            Call::Advance { from, .. } if from != self.offset() => Answer::Conflict(self.offset()),
             Call::Advance { to, .. } => {
-                self.0 = to;
+                self.0 = Some(to);
                 Answer::Advanced
             }
-            Call::Project => {
-                self.0 += 1;
-                Answer::Projected(self.0)
+            Call::Save(to) => {
+                self.0 = Some(to);
+                Answer::Saved
             }
+            Call::Delete => Answer::Deleted(self.0.take().is_some()),
+            Call::Batch { .. } => {
+                self.0 = Some(self.offset() + 1);
+                Answer::Committed(self.offset())
+            }
+            Call::Project => Answer::Overtaken(self.offset()),
         }
     }
 
     fn is_valid_step(&mut self, call: &Call, answer: &Answer) -> bool {
         match *answer {
-            Answer::Overtaken(to) => self.0 >= to,
+            Answer::Overtaken(to) => self.offset() >= to,
+            Answer::Gone => {
+                self.0 = None;
+                true
+            }
             _ => self.invoke(call) == *answer,
         }
     }
@@ -90,9 +122,131 @@ const THREADS: u64 = 6;
 const CALLS: usize = 4;
 const PROJECTIONS: [&str; 2] = ["one", "other"];
 
+/// What the threads do.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Calls {
+    Forwards,
+    /// And `save`, `save_many` and `delete`.
+    AndMoves,
+}
+
+thread_local! {
+    /// Whether the call of this thread was attempted again.
+    static WAS_REPEATED: Cell<bool> = const { Cell::new(false) };
+}
+
+type Histories = BTreeMap<&'static str, Mutex<History>>;
+
+/// One of the threads. Each call of unknown outcome, and each run of a closure, has an identity of its own.
+struct Caller<'a> {
+    store: &'a PostgresCheckpointStore,
+    round: usize,
+    histories: &'a Histories,
+    next_identity: &'a AtomicU64,
+    identity: u64,
+}
+
+impl Caller<'_> {
+    fn record(&self, projection: &str, event: Event) {
+        self.histories[projection].lock().unwrap().push(event);
+    }
+
+    fn new_identity(&self) -> u64 {
+        self.next_identity.fetch_add(1, Ordering::SeqCst)
+    }
+
+    fn name(&self, projection: &str) -> String {
+        format!("{projection} {}", self.round)
+    }
+
+    /// A call of one attempt's effect, on one projection or on several.
+    fn call(
+        &mut self,
+        projections: &[&str],
+        call: &Call,
+        work: impl FnOnce(&PostgresCheckpointStore) -> Result<Answer, Error>,
+    ) {
+        for projection in projections {
+            self.record(projection, Event::Invoked(self.identity, call.clone()));
+        }
+        let answer = match work(self.store) {
+            Ok(answer) => answer,
+            Err(Error::Conflict { found, .. }) => Answer::Conflict(found),
+            Err(Error::Unavailable { .. }) if *call != Call::Get => {
+                self.identity = self.new_identity();
+                return;
+            }
+            Err(other) => panic!("{other:?}"),
+        };
+        for projection in projections {
+            self.record(projection, Event::Returned(self.identity, answer.clone()));
+        }
+    }
+
+    fn project(&self, projection: &str) {
+        let (call, name) = (self.new_identity(), self.name(projection));
+        let mut batch = None;
+        self.record(projection, Event::Invoked(call, Call::Project));
+        let outcome = self.store.project(&name, |tx, offset| {
+            let identity = *batch.insert(self.new_identity());
+            self.record(projection, Event::Invoked(identity, Call::Batch { call }));
+            sign(tx, &name, offset + 1, identity)?;
+            Ok(Some(offset + 1))
+        });
+        match outcome {
+            Ok(offset) => {
+                let offset = offset.expect("there is a next one");
+                let batch = batch.expect("the closure has run");
+                self.record(projection, Event::Returned(batch, Answer::Committed(offset)));
+                self.record(projection, Event::Returned(call, Answer::Overtaken(offset)));
+            }
+            // It gives up when it is lost three times in its closure.
+            Err(Error::Unavailable { .. }) => {}
+            Err(other) => panic!("{other:?}"),
+        }
+    }
+
+    /// What is saved is far from everything else, so that no other order explains it by chance.
+    fn save(&mut self, projections: &[&str]) {
+        let offset = 1_000 * i64::try_from(self.new_identity()).unwrap();
+        let names: Vec<_> = projections.iter().map(|projection| self.name(projection)).collect();
+        let checkpoints: Vec<_> = names.iter().map(|name| (name.as_str(), offset)).collect();
+        self.call(projections, &Call::Save(offset), |store| match checkpoints[..] {
+            [(name, offset)] => store.save(name, offset).map(|()| Answer::Saved),
+            _ => store.save_many(&checkpoints).map(|()| Answer::Saved),
+        });
+    }
+
+    fn delete(&mut self, projection: &str) {
+        let name = self.name(projection);
+        self.call(&[projection], &Call::Delete, |store| {
+            WAS_REPEATED.set(false);
+            let was_there = store.delete(&name)?;
+            let is_sure = was_there || !WAS_REPEATED.get();
+            Ok(if is_sure { Answer::Deleted(was_there) } else { Answer::Gone })
+        });
+    }
+
+    fn advance(&mut self, projection: &str, from: i64, to: i64) {
+        let name = self.name(projection);
+        self.call(&[projection], &Call::Advance { from, to }, |store| {
+            store.advance(&name, from, to).map(|()| Answer::Advanced)
+        });
+    }
+
+    fn get(&mut self, projection: &str) {
+        let name = self.name(projection);
+        self.call(&[projection], &Call::Get, |store| store.get(&name).map(Answer::Got));
+    }
+}
+
 /// Lets six threads call, and records a history for each projection of this round.
-fn record(store: &PostgresCheckpointStore, round: usize) -> BTreeMap<&'static str, History> {
-    let histories: BTreeMap<_, _> =
+fn record(
+    store: &PostgresCheckpointStore,
+    calls: Calls,
+    round: usize,
+) -> BTreeMap<&'static str, History> {
+    let histories: Histories =
         PROJECTIONS.map(|projection| (projection, Mutex::new(History::new()))).into();
     let next_identity = AtomicU64::new(THREADS);
     thread::scope(|scope| {
@@ -100,48 +254,21 @@ fn record(store: &PostgresCheckpointStore, round: usize) -> BTreeMap<&'static st
             let (histories, next_identity) = (&histories, &next_identity);
             scope.spawn(move || {
                 let mut random = Rng::with_seed((round as u64) << 8 | thread);
-                let mut identity = thread;
-                // A history has no call of this thread's under way when it is asked anew.
+                let mut caller =
+                    Caller { store, round, histories, next_identity, identity: thread };
                 for _ in 0..CALLS {
                     let projection = PROJECTIONS[random.usize(..PROJECTIONS.len())];
-                    let name = format!("{projection} {round}");
-                    let history = &histories[projection];
-                    let record = |event| history.lock().unwrap().push(event);
-                    let call = match random.u8(..3) {
-                        0 => Call::Get,
-                        1 => {
+                    match (calls, random.u8(..3), random.u8(..4)) {
+                        (Calls::AndMoves, 0, 0 | 1) => caller.save(&[projection]),
+                        (Calls::AndMoves, 0, 2) => caller.save(&PROJECTIONS),
+                        (Calls::AndMoves, 0, _) => caller.delete(projection),
+                        (Calls::AndMoves, 1, 1..) => caller.project(projection),
+                        (_, 0, _) => caller.get(projection),
+                        (_, 1, _) => {
                             let from = random.i64(0..5);
-                            Call::Advance { from, to: from + random.i64(0..3) }
+                            caller.advance(projection, from, from + random.i64(0..3));
                         }
-                        _ => Call::Project,
-                    };
-                    if call == Call::Project {
-                        // Which signs its batch.
-                        identity = next_identity.fetch_add(1, Ordering::SeqCst);
-                    }
-                    record(Event::Invoked(identity, call.clone()));
-                    let answer = match call {
-                        Call::Get => store.get(&name).map(Answer::Got),
-                        Call::Advance { from, to } => {
-                            store.advance(&name, from, to).map(|()| Answer::Advanced)
-                        }
-                        Call::Project => store
-                            .project(&name, |tx, offset| {
-                                sign(tx, &name, offset + 1, identity)?;
-                                Ok(Some(offset + 1))
-                            })
-                            .map(|offset| Answer::Projected(offset.expect("there is a next one"))),
-                    };
-                    match answer {
-                        Ok(answer) => record(Event::Returned(identity, answer)),
-                        Err(Error::Conflict { found, .. }) => {
-                            record(Event::Returned(identity, Answer::Conflict(found)));
-                        }
-                        // `project` too gives up when it is lost three times in its closure.
-                        Err(Error::Unavailable { .. }) if call != Call::Get => {
-                            identity = next_identity.fetch_add(1, Ordering::SeqCst);
-                        }
-                        Err(other) => panic!("{other:?}"),
+                        _ => caller.project(projection),
                     }
                 }
             });
@@ -165,17 +292,55 @@ fn batches(server: &Server, projection: &str) -> Vec<(u64, i64)> {
     rows.iter().map(|row| (u64::try_from(row.get::<_, i64>(0)).unwrap(), row.get(1))).collect()
 }
 
-/// A call that has not done the batch up to the offset that it returned was overtaken by whoever has.
-fn tell_whose_batches(history: &mut History, batches: &[(u64, i64)]) {
-    let callers: BTreeSet<_> = batches.iter().map(|(identity, _)| identity).collect();
-    assert_eq!(callers.len(), batches.len(), "one call, one batch: {batches:?}");
-    for event in history {
-        let Event::Returned(identity, answer) = event else { continue };
-        match *answer {
-            Answer::Projected(to) if !batches.contains(&(*identity, to)) => {
-                *answer = Answer::Overtaken(to);
-            }
-            _ => {}
+/// Leaves the batches that were committed, whatever their callers were told of it. A call without one was
+/// overtaken by another that has brought the projection there.
+fn tell_whose_batches(history: &mut History, batches: &[(u64, i64)], calls: Calls) {
+    let committed: BTreeMap<u64, i64> = batches.iter().copied().collect();
+    assert_eq!(committed.len(), batches.len(), "one run of a closure, one batch: {batches:?}");
+    let mut last_of_call = BTreeMap::new();
+    for event in history.iter() {
+        let Event::Invoked(identity, Call::Batch { call }) = event else { continue };
+        let Some(&to) = committed.get(identity) else { continue };
+        if let Some(earlier) = last_of_call.insert(*call, to) {
+            // Only after a move back by hand, and then the events in between are to be applied again.
+            assert!(calls == Calls::AndMoves && to <= earlier, "one call, one batch: {history:#?}");
+        }
+    }
+    let returned: BTreeSet<u64> = history
+        .iter()
+        .filter_map(|event| match event {
+            Event::Returned(identity, _) => Some(*identity),
+            Event::Invoked(..) => None,
+        })
+        .collect();
+    let runs: BTreeSet<u64> = history
+        .iter()
+        .filter_map(|event| match event {
+            Event::Invoked(identity, Call::Batch { .. }) => Some(*identity),
+            _ => None,
+        })
+        .collect();
+    let projects: BTreeSet<u64> = history
+        .iter()
+        .filter_map(|event| match event {
+            Event::Invoked(identity, Call::Project) => Some(*identity),
+            _ => None,
+        })
+        .collect();
+    history.retain(|event| {
+        let (Event::Invoked(identity, _) | Event::Returned(identity, _)) = event;
+        if runs.contains(identity) {
+            committed.contains_key(identity)
+        } else if projects.contains(identity) {
+            returned.contains(identity) && !last_of_call.contains_key(identity)
+        } else {
+            true
+        }
+    });
+    // They were committed at the latest when the history was over.
+    for (identity, to) in committed {
+        if !returned.contains(&identity) {
+            history.push(Event::Returned(identity, Answer::Committed(to)));
         }
     }
 }
@@ -213,13 +378,14 @@ fn every_history_has_an_order_that_explains_each_answer() {
                 }
                 killed
             });
-            let histories = record(&store, round);
+            let histories = record(&store, Calls::Forwards, round);
             kills += killer.join().unwrap();
             histories
         });
         crashes += usize::from(round % CRASH_EVERY == 0);
         for (projection, mut history) in histories {
-            tell_whose_batches(&mut history, &batches(&server, &format!("{projection} {round}")));
+            let batches = batches(&server, &format!("{projection} {round}"));
+            tell_whose_batches(&mut history, &batches, Calls::Forwards);
             let count = |wanted: fn(&&Event) -> bool| history.iter().filter(wanted).count();
             unknown += count(|event| matches!(event, Event::Invoked(..)))
                 - count(|event| matches!(event, Event::Returned(..)));
@@ -232,6 +398,69 @@ fn every_history_has_an_order_that_explains_each_answer() {
     let fault = "histories of `get`, `advance`, `project`: backends ended, server crashed (errors: outcome unknown)";
     Row::asserted(fault, usize::try_from(kills).unwrap() + crashes, unknown, Duration::ZERO)
         .print();
+}
+
+#[test]
+fn moves_by_hand_that_are_repeated_beside_workers_have_an_order_that_explains_each_answer() {
+    const ROUNDS: usize = 150;
+    /// Pieces of the statements, and whether a cut connection may have executed them.
+    const CUTS: [(&str, Cut); 9] = [
+        ("VALUES ($1, $2", Cut::BeforeTheAnswer),
+        ("VALUES ($1, $2", Cut::BeforeTheRequest),
+        ("FROM given", Cut::BeforeTheAnswer),
+        ("FROM given", Cut::BeforeTheRequest),
+        ("held.wanted", Cut::BeforeTheAnswer),
+        ("DELETE FROM", Cut::BeforeTheAnswer),
+        ("DELETE FROM", Cut::BeforeTheRequest),
+        ("COMMIT", Cut::BeforeTheAnswer),
+        ("COMMIT", Cut::BeforeTheRequest),
+    ];
+    let server = Server::start(Options::fast());
+    let proxy = Proxy::to(server.port());
+    let repeats = std::sync::Arc::new(AtomicU64::new(0));
+    let counter = std::sync::Arc::clone(&repeats);
+    let store = PostgresCheckpointStore::builder()
+        .on_retry(move |_| {
+            WAS_REPEATED.set(true);
+            counter.fetch_add(1, Ordering::SeqCst);
+            thread::sleep(Duration::from_millis(2)); // in which rivals do what they do
+        })
+        .connect(&proxy.params())
+        .unwrap();
+    store.migrate().unwrap();
+    let table = "CREATE TABLE batches (projection text, \"to\" bigint, identity bigint)";
+    server.client().batch_execute(table).unwrap();
+    let mut unknown = 0;
+    for round in 1..=ROUNDS {
+        let is_over = AtomicBool::new(false);
+        let histories = thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut random = Rng::with_seed(round as u64);
+                while !is_over.load(Ordering::SeqCst) {
+                    let (text, place) = CUTS[random.usize(..CUTS.len())];
+                    proxy.cut(text, place);
+                    thread::sleep(Duration::from_micros(random.u64(500..3_000)));
+                }
+                proxy.disarm();
+            });
+            let histories = record(&store, Calls::AndMoves, round);
+            is_over.store(true, Ordering::SeqCst);
+            histories
+        });
+        for (projection, mut history) in histories {
+            let batches = batches(&server, &format!("{projection} {round}"));
+            tell_whose_batches(&mut history, &batches, Calls::AndMoves);
+            let count = |wanted: fn(&&Event) -> bool| history.iter().filter(wanted).count();
+            unknown += count(|event| matches!(event, Event::Invoked(..)))
+                - count(|event| matches!(event, Event::Returned(..)));
+            assert!(is_explained(&history), "{projection} {round}: {history:#?}");
+        }
+    }
+    let repeats = usize::try_from(repeats.load(Ordering::SeqCst)).unwrap();
+    println!("{repeats} repeats, {unknown} calls of unknown outcome");
+    assert!(repeats > ROUNDS && unknown > 0, "nothing was tried");
+    let fault = "histories of `save`, `save_many`, `delete` beside `project`: connections cut (errors: outcome unknown)";
+    Row::asserted(fault, repeats, unknown, Duration::ZERO).print();
 }
 
 fn history(calls: &[(u64, Call, Option<Answer>)]) -> History {
@@ -247,14 +476,15 @@ fn history(calls: &[(u64, Call, Option<Answer>)]) -> History {
 
 #[test]
 fn a_stale_read_and_a_second_winner_are_found() {
-    use Answer::{Advanced, Conflict, Got, Overtaken, Projected};
+    use Answer::{Advanced, Committed, Conflict, Got, Overtaken};
+    let batch = || Call::Batch { call: 0 };
     let advance = |from, to| Call::Advance { from, to };
     let mut calls = vec![
         (0, advance(0, 3), Some(Advanced)),
         (1, advance(3, 4), None), // it may have happened, or may yet
         (2, Call::Get, Some(Got(3))),
         (3, Call::Get, Some(Got(4))),
-        (4, Call::Project, Some(Projected(5))),
+        (4, batch(), Some(Committed(5))),
     ];
     assert!(is_explained(&history(&calls)));
     for wrong in [
@@ -262,8 +492,8 @@ fn a_stale_read_and_a_second_winner_are_found() {
         (5, advance(3, 9), Some(Advanced)),
         (5, advance(0, 3), Some(Advanced)),
         (5, advance(5, 6), Some(Conflict(4))),
-        (5, Call::Project, Some(Projected(7))),
-        (5, Call::Project, Some(Projected(5))),
+        (5, batch(), Some(Committed(7))),
+        (5, batch(), Some(Committed(5))),
         (5, Call::Project, Some(Overtaken(6))),
     ] {
         calls.push(wrong.clone());
@@ -274,6 +504,37 @@ fn a_stale_read_and_a_second_winner_are_found() {
     assert!(is_explained(&history(&calls)));
     // What was never acknowledged may not be there at all.
     calls.truncate(3);
-    calls.push((4, Call::Project, Some(Projected(4))));
+    calls.push((4, batch(), Some(Committed(4))));
     assert!(is_explained(&history(&calls)));
+}
+
+#[test]
+fn a_repeat_that_undoes_the_work_of_a_rival_is_found() {
+    use Answer::{Committed, Deleted, Gone, Got, Saved};
+    let batch = || Call::Batch { call: 0 };
+    // A save is stored and its answer is lost, a worker goes on from there, and the save is repeated.
+    let save = |then: &[(u64, Call, Option<Answer>)]| {
+        let mut history = history(then);
+        history.insert(0, Event::Invoked(0, Call::Save(41)));
+        history
+    };
+    let worker = (1, batch(), Some(Committed(42)));
+    let found = |offset| (2, Call::Get, Some(Got(offset)));
+    assert!(is_explained(&save(&[worker.clone(), found(42)])));
+    let mut undone = save(&[worker.clone()]);
+    undone.push(Event::Returned(0, Saved));
+    assert!(is_explained(&undone));
+    undone.extend(history(&[found(41)]));
+    assert!(!is_explained(&undone));
+    // And with a delete.
+    let mut undone = history(&[(0, Call::Save(6), Some(Saved))]);
+    undone.push(Event::Invoked(1, Call::Delete));
+    undone.extend(history(&[(2, batch(), Some(Committed(1)))]));
+    let mut in_order = undone.clone();
+    in_order.push(Event::Returned(1, Deleted(true)));
+    in_order.extend(history(&[found(1)]));
+    assert!(is_explained(&in_order));
+    undone.push(Event::Returned(1, Gone));
+    undone.extend(history(&[found(0)]));
+    assert!(!is_explained(&undone));
 }
