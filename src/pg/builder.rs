@@ -1,18 +1,22 @@
+use std::error::Error as StdError;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use postgres::tls::{MakeTlsConnect, TlsConnect};
-use postgres::{Client, NoTls, Socket};
+use postgres::{Client, Config, NoTls, Socket};
 use r2d2::{ManageConnection, Pool};
 
-use super::connect::{ConnectError, Connector, ServerName};
-use super::connections::{Connections, DEFAULT_TIMEOUT};
-use super::failure::{Cause, failure, no_connection};
+use super::close::close;
+use super::connect::{Connector, PasswordProvider};
+use super::connections::{Connections, DEFAULT_TIMEOUT, Patience};
+use super::failure::{failure, no_connection};
 use super::group::Group;
 use super::identifier::Table;
 use super::params;
 use super::prepared::refuse_shared_sessions;
 use super::queries::Queries;
+use super::targets::ServerName;
 use super::{PostgresCheckpointStore, Shared};
 use crate::{Error, Result};
 
@@ -31,8 +35,8 @@ use crate::{Error, Result};
 /// store.migrate()?;
 /// # Ok::<(), checkpoint_store::Error>(())
 /// ```
-#[derive(Debug, Clone)]
-#[must_use = "a builder does nothing until `connect`, `connect_tls` or `build`"]
+#[derive(Clone)]
+#[must_use = "a builder does nothing until `connect`, `connect_tls`, `connect_config` or `build`"]
 pub struct PostgresCheckpointStoreBuilder {
     schema: String,
     table: String,
@@ -41,6 +45,7 @@ pub struct PostgresCheckpointStoreBuilder {
     group_commit: bool,
     max_connections: u32,
     connection_timeout: Option<Duration>,
+    password_provider: Option<Arc<PasswordProvider>>,
 }
 
 /// PostgreSQL itself takes no more: `MAX_BACKENDS` in its source.
@@ -56,6 +61,7 @@ impl Default for PostgresCheckpointStoreBuilder {
             group_commit: false,
             max_connections: 10,
             connection_timeout: None,
+            password_provider: None,
         }
     }
 }
@@ -221,6 +227,47 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
+    /// Asks for the password before each login, instead of taking it from the parameters. The default
+    /// is none: the password in the parameters.
+    ///
+    /// This is for passwords that expire, such as the tokens of managed databases, which are valid
+    /// for minutes, and for passwords that are rotated. They are checked at a login only, so a
+    /// connection lives on when its password has expired.
+    ///
+    /// The provider runs on a thread of its own for each new connection, at each host that is tried,
+    /// at up to four for the same address at the same time. Its time counts against the limit of that
+    /// attempt: `connect_timeout` and a second, 5 seconds by default. Keep a token until shortly before
+    /// it expires if it is slow to get, and give the request a time-out.
+    ///
+    /// An error from the provider is [`Unavailable`](crate::Error::Unavailable), transient, with that
+    /// error in its chain of causes, and the operation retries as in any outage. So is a provider that
+    /// panics or does not return within the limit. While four calls have not returned, no other is
+    /// made. A password that the server refuses is an error that is not transient, as without a
+    /// provider.
+    ///
+    /// The password appears in no error and in no `Debug` output. What the provider's own error says
+    /// is shown.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # use checkpoint_store::PostgresCheckpointStore;
+    /// let store = PostgresCheckpointStore::builder()
+    ///     .password_provider(|| Ok(std::fs::read_to_string("/run/secrets/db")?.trim().to_owned()))
+    ///     .connect("host=db.example user=app")?;
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    pub fn password_provider(
+        mut self,
+        provider: impl Fn() -> std::result::Result<String, Box<dyn StdError + Send + Sync>>
+        + Send
+        + Sync
+        + 'static,
+    ) -> Self {
+        self.password_provider = Some(Arc::new(provider));
+        self
+    }
+
     /// Connects without TLS. `params` is a URL or `key=value` pairs separated by blanks, as in
     /// [`postgres::Config`], which lists them. White space around them is left out.
     ///
@@ -322,6 +369,43 @@ impl PostgresCheckpointStoreBuilder {
         T::Stream: Send,
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
+        self.connect_config(params::parse(params)?, tls)
+    }
+
+    /// As [`connect_tls`](PostgresCheckpointStoreBuilder::connect_tls), with parameters that the
+    /// program has put together itself. A password needs no quoting there.
+    ///
+    /// The time limits that [`connect`](PostgresCheckpointStoreBuilder::connect) lists are set where
+    /// the `Config` has no value, or the default of `postgres`. Use
+    /// [`NoTls`](crate::postgres::NoTls) for a connection without TLS.
+    ///
+    /// A `notice_callback` is kept if the `Config` has one host. With several hosts it is lost, because
+    /// `Config` does not give it out again.
+    ///
+    /// # Errors
+    ///
+    /// As [`connect_tls`](PostgresCheckpointStoreBuilder::connect_tls). A `Config` without a host, or
+    /// whose hosts, addresses and ports do not match in number, is
+    /// [`Unavailable`](crate::Error::Unavailable), not transient.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use checkpoint_store::PostgresCheckpointStore;
+    /// use checkpoint_store::postgres::{Config, NoTls};
+    ///
+    /// let mut config = Config::new();
+    /// config.host("db.example").user("app").password("it's a \\ secret").dbname("app");
+    /// let store = PostgresCheckpointStore::builder().connect_config(config, NoTls)?;
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    pub fn connect_config<T>(self, config: Config, tls: T) -> Result<PostgresCheckpointStore>
+    where
+        T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
+        T::TlsConnect: Send,
+        T::Stream: Send,
+        <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+    {
         let table = Table::new(&self.schema, &self.table)?;
         self.check_timeout("connect")?;
         if !(1..=MOST_CONNECTIONS).contains(&self.max_connections) {
@@ -331,31 +415,23 @@ impl PostgresCheckpointStoreBuilder {
             );
             return Err(Error::backend("connect", reason));
         }
-        let config = params::parse(params)?;
-
+        let timeout = self.connection_timeout.unwrap_or(DEFAULT_TIMEOUT);
         let server = ServerName::of(&config);
-        let connector = Connector::new(config, tls);
-        let mut first = connector.connect().map_err(|cause| {
-            let cause: Cause = match cause {
-                ConnectError::Failed(error) => error.into(),
-                silence @ ConnectError::NoAnswer { .. } => silence.into(),
-            };
-            no_connection("connect", &server, cause)
-        })?;
+        let connector = Connector::new(config, tls, self.password_provider.clone());
+        let deadline = Patience::deadline(timeout);
+        let mut first = connector
+            .connect(deadline)
+            .map_err(|error| no_connection("connect", &server, error.into_cause()))?;
         if self.prepared_statements {
             // Where no more than one connection is to be had, there is nothing to find out.
-            let another = || connector.connect().ok();
+            let another = || connector.connect(deadline).ok();
             refuse_shared_sessions(&mut first, another)
                 .map_err(|cause| failure("connect", server, cause))?;
         }
-        drop(first);
+        close(first);
 
-        let connections = Connections::open(
-            connector,
-            self.max_connections,
-            self.connection_timeout.unwrap_or(DEFAULT_TIMEOUT),
-            self.prepared_statements,
-        );
+        let connections =
+            Connections::open(connector, self.max_connections, timeout, self.prepared_statements);
         Ok(self.assemble(table, connections))
     }
 
@@ -367,7 +443,9 @@ impl PostgresCheckpointStoreBuilder {
     /// # Errors
     ///
     /// [`InvalidIdentifier`](crate::Error::InvalidIdentifier); [`Backend`](crate::Error::Backend) when
-    /// `connection_timeout` is 0. No connection is made.
+    /// `connection_timeout` is 0, and when there is a
+    /// [`password_provider`](PostgresCheckpointStoreBuilder::password_provider): it does not apply to
+    /// connections that another pool makes. No connection is made.
     ///
     /// # Examples
     ///
@@ -391,6 +469,11 @@ impl PostgresCheckpointStoreBuilder {
     {
         let table = Table::new(&self.schema, &self.table)?;
         self.check_timeout("build")?;
+        if self.password_provider.is_some() {
+            let reason = "password_provider does not apply to a pool of the caller's own, whose manager \
+                          makes the connections";
+            return Err(Error::backend("build", reason));
+        }
         let connections = Connections::of(pool, self.connection_timeout, self.prepared_statements);
         Ok(self.assemble(table, connections))
     }
@@ -410,5 +493,19 @@ impl PostgresCheckpointStoreBuilder {
             Some(Duration::ZERO) => Err(Error::backend(operation, "connection_timeout is 0")),
             _ => Ok(()),
         }
+    }
+}
+
+impl fmt::Debug for PostgresCheckpointStoreBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresCheckpointStoreBuilder")
+            .field("schema", &self.schema)
+            .field("table", &self.table)
+            .field("updated_at_index", &self.updated_at_index)
+            .field("prepared_statements", &self.prepared_statements)
+            .field("group_commit", &self.group_commit)
+            .field("max_connections", &self.max_connections)
+            .field("connection_timeout", &self.connection_timeout)
+            .finish_non_exhaustive()
     }
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use postgres::{Client, Row};
 use r2d2::{CustomizeConnection, Extensions, ManageConnection, Pool, PooledConnection};
 
+use super::close::close;
 use super::connect::{ConnectError, Connector};
 use super::failure::{Aftermath, Cause, Outcome, failure, is_refusal, no_connection};
 use super::prepared::{Keeping, Prepared, SharedSession, is_shared, is_stale, name_the_pooler};
@@ -278,8 +279,12 @@ impl Patience {
 
     /// Does not pause while what fails may be one of the pool's idle connections after another.
     fn for_the_next(time: Duration, connections: u32) -> Self {
-        let deadline = Instant::now() + time.min(Self::FOR_EVER);
+        let deadline = Self::deadline(time);
         Self { deadline, tries_at_once: connections, next_pause: Self::FIRST_PAUSE }
+    }
+
+    pub(crate) fn deadline(time: Duration) -> Instant {
+        Instant::now() + time.min(Self::FOR_EVER)
     }
 
     /// Pauses before the next try; `false` when there is no time for one.
@@ -612,7 +617,7 @@ struct LetGo;
 impl CustomizeConnection<Disposable, NoConnection> for LetGo {
     fn on_release(&self, connection: Disposable) {
         if connection.thrown_away && !connection.client.is_closed() {
-            thread::spawn(move || drop(connection));
+            close(connection.client);
         }
     }
 }
@@ -626,8 +631,8 @@ struct Manager {
 
 impl Manager {
     fn client(&self) -> Result<Client, ConnectError> {
-        let mut client = self.connector.connect()?;
-        if self.looks_for_shared_sessions && is_shared(&mut client).map_err(ConnectError::Failed)? {
+        let mut client = self.connector.connect(Instant::now() + DEFAULT_TIMEOUT)?;
+        if self.looks_for_shared_sessions && is_shared(&mut client)? {
             self.ours.found_shared_session.store(true, Ordering::Relaxed);
         }
         Ok(client)
@@ -654,7 +659,7 @@ impl ManageConnection for Manager {
 
     fn is_valid(&self, connection: &mut Disposable) -> Result<(), NoConnection> {
         let tested = connection.client.is_valid(TEST_TIMEOUT);
-        tested.map_err(|error| NoConnection(Arc::new(ConnectError::Failed(error))))
+        tested.map_err(|error| NoConnection(Arc::new(error.into())))
     }
 
     fn has_broken(&self, connection: &mut Disposable) -> bool {
@@ -668,16 +673,13 @@ struct NoConnection(Arc<ConnectError>);
 
 impl fmt::Display for NoConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("no connection could be made")
+        f.write_str("the pool has none")
     }
 }
 
 impl std::error::Error for NoConnection {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(match &*self.0 {
-            ConnectError::Failed(error) => error,
-            silence @ ConnectError::NoAnswer { .. } => silence,
-        })
+        Some(&*self.0)
     }
 }
 

@@ -1,4 +1,5 @@
 mod builder;
+mod close;
 mod connect;
 mod connections;
 mod failure;
@@ -10,7 +11,9 @@ mod prepared;
 mod project;
 mod queries;
 mod session;
+mod targets;
 mod transaction;
+mod unresponsive;
 
 use std::fmt;
 use std::sync::Arc;

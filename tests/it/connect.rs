@@ -1,11 +1,17 @@
 //! What is wrong with the parameters is said at once, with the cause, and without the password.
 
+use std::fs;
 use std::net::TcpListener;
+use std::os::unix::process::CommandExt;
+use std::thread;
 use std::time::{Duration, Instant};
 
+use checkpoint_store::postgres::{Config, NoTls};
 use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore};
+use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 
-use crate::harness::{Options, Server, chain, server, sql_state, wait_until};
+use crate::faults::this_program;
+use crate::harness::{Gate, Options, Server, chain, free_port, server, sql_state, wait_until};
 
 const AT_ONCE: Duration = Duration::from_secs(5);
 
@@ -140,4 +146,200 @@ fn connections_are_opened_as_they_are_needed() {
     assert_eq!(store.pool_state().connections, 0);
     store.migrate().unwrap();
     assert_eq!(store.pool_state().connections, 1);
+}
+
+#[test]
+fn of_two_hosts_the_one_that_refuses_decides_in_either_order_and_the_text_names_both() {
+    let options = Options { password: Some("correct horse".to_owned()), ..Options::fast() };
+    let server = Server::start(options);
+    let (refusing, down) = (server.port(), free_port());
+    let connect = |ports: [u16; 2], password: &str| {
+        let [one, other] = ports;
+        let params = format!(
+            "host=127.0.0.1,127.0.0.1 port={one},{other} user=postgres password={password}"
+        );
+        refusal(&params)
+    };
+    for ports in [[refusing, down], [down, refusing]] {
+        let error = connect(ports, "hunter2");
+        assert!(matches!(error, Error::Unavailable { .. }) && !error.is_transient(), "{error:?}");
+        assert_eq!(sql_state(&error).as_deref(), Some("28P01"));
+        let told = chain(&error);
+        assert!(told.contains(&format!("127.0.0.1:{refusing}: FATAL: password auth")), "{told}");
+        assert!(told.contains(&format!("127.0.0.1:{down}: error connecting")), "{told}");
+        assert!(told.contains("Connection refused"), "{told}");
+    }
+    let error = connect([down, free_port()], "hunter2");
+    assert!(error.is_transient(), "{error:?}");
+
+    // A server that starts says more than one that is down, and is waited for all the same.
+    let starting = Gate::to(refusing);
+    starting.refuse();
+    for ports in [[starting.port(), down], [down, starting.port()]] {
+        let error = connect(ports, "hunter2");
+        assert!(error.is_transient(), "{error:?}");
+        assert_eq!(sql_state(&error).as_deref(), Some("XX000"));
+    }
+    for ports in [[starting.port(), refusing], [refusing, starting.port()]] {
+        let error = connect(ports, "hunter2");
+        assert!(!error.is_transient(), "{error:?}");
+        assert_eq!(sql_state(&error).as_deref(), Some("28P01"));
+    }
+}
+
+#[test]
+fn a_config_connects_as_its_text_does() {
+    let password = r#"it's a "hunter2" \ = %"#;
+    let server = Server::start(Options { password: Some(password.to_owned()), ..Options::fast() });
+    let mut config = Config::new();
+    config.host("127.0.0.1").port(server.port()).user("postgres").password(password);
+    let builder = PostgresCheckpointStore::builder();
+    let store = builder.clone().connect_config(config.clone(), NoTls).unwrap();
+    store.migrate().unwrap();
+    store.save("orders", 1).unwrap();
+    assert_eq!(store.get("orders").unwrap(), 1);
+
+    config.password("hunter2");
+    let error = builder.clone().connect_config(config, NoTls).unwrap_err();
+    assert_eq!(sql_state(&error).as_deref(), Some("28P01"));
+    let error = builder.connect_config(Config::new(), NoTls).unwrap_err();
+    assert!(matches!(error, Error::Unavailable { .. }) && !error.is_transient(), "{error:?}");
+    assert!(chain(&error).contains("no host"), "{}", chain(&error));
+}
+
+#[test]
+fn connect_keeps_within_its_time_limit_and_leaves_time_for_the_second_host() {
+    const LIMIT: Duration = Duration::from_secs(3);
+    let mute = Gate::mute();
+    let connect = |params: &str| {
+        let started = Instant::now();
+        let connected =
+            PostgresCheckpointStore::builder().connection_timeout(LIMIT).connect(params);
+        assert!(started.elapsed() < LIMIT + Duration::from_secs(2), "{:?}", started.elapsed());
+        connected
+    };
+    let error = connect(&mute.params()).unwrap_err();
+    assert!(matches!(error, Error::Unavailable { .. }) && error.is_transient(), "{error:?}");
+    assert!(chain(&error).contains(&format!("no answer from 127.0.0.1:{}", mute.port())));
+
+    let mute = Gate::mute();
+    let port = server().port();
+    let two = format!("host=127.0.0.1,127.0.0.1 port={},{port} user=postgres", mute.port());
+    connect(&two).unwrap();
+    let three = Gate::mute();
+    let error = connect(&format!(
+        "host=127.0.0.1,127.0.0.1,127.0.0.1 port={},{},{} user=postgres",
+        mute.port(),
+        three.port(),
+        free_port()
+    ))
+    .unwrap_err();
+    assert!(error.is_transient() && chain(&error).contains("Connection refused"), "{error:?}");
+}
+
+/// Runs a test once more, in a process of its own, with a variable set.
+fn in_a_process_of_its_own(test: &str, variable: &str, value: &str) {
+    let output = this_program(&format!("connect::{test}"))
+        .env(variable, value)
+        .output()
+        .expect("this program starts");
+    let (told, complaint) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{told}\n{complaint}");
+    assert!(told.contains("1 passed"), "{told}");
+}
+
+fn entries(folder: &str) -> usize {
+    fs::read_dir(folder).expect("Linux").count()
+}
+
+#[test]
+fn fifty_calls_of_connect_at_a_mute_server_leave_a_few_threads_and_descriptors_behind() {
+    const VARIABLE: &str = "CHECKPOINT_STORE_MUTE_PARAMS";
+    const MOST_LOGINS: usize = 4;
+    // A socket, and what a runtime needs.
+    const DESCRIPTORS_A_LOGIN: usize = 6;
+    if let Ok(params) = std::env::var(VARIABLE) {
+        let count = || (entries("/proc/self/task"), entries("/proc/self/fd"));
+        let (threads, descriptors) = count();
+        let builder =
+            PostgresCheckpointStore::builder().connection_timeout(Duration::from_millis(1_500));
+        thread::scope(|scope| {
+            for _ in 0..10 {
+                scope.spawn(|| {
+                    for _ in 0..5 {
+                        let error = builder.clone().connect(&params).unwrap_err();
+                        assert!(error.is_transient(), "{error:?}");
+                    }
+                });
+            }
+        });
+        wait_until("only a few are left", || {
+            let now = count();
+            now.0 <= threads + MOST_LOGINS
+                && now.1 <= descriptors + MOST_LOGINS * DESCRIPTORS_A_LOGIN
+        });
+        return;
+    }
+    let gate = Gate::mute();
+    in_a_process_of_its_own(
+        "fifty_calls_of_connect_at_a_mute_server_leave_a_few_threads_and_descriptors_behind",
+        VARIABLE,
+        &gate.params(),
+    );
+    assert!(gate.accepted() >= 50, "{}", gate.accepted());
+}
+
+/// Leaves the process so many of something, for as long as `work` runs.
+fn with_limit<T>(resource: Resource, limit: u64, work: impl FnOnce() -> T) -> T {
+    let before = getrlimit(resource);
+    setrlimit(resource, Rlimit { current: Some(limit), ..before.clone() }).unwrap();
+    let outcome = work();
+    setrlimit(resource, before).unwrap();
+    outcome
+}
+
+#[test]
+fn a_login_without_file_descriptors_is_an_error_that_says_so() {
+    const VARIABLE: &str = "CHECKPOINT_STORE_NO_DESCRIPTORS_PARAMS";
+    if let Ok(params) = std::env::var(VARIABLE) {
+        // Between none at all and enough for a login there are several places where it fails.
+        for spare in 0..4 {
+            let used = u64::try_from(entries("/proc/self/fd") - 1).unwrap();
+            let error = with_limit(Resource::Nofile, used + spare, || refusal(&params));
+            assert!(matches!(error, Error::Unavailable { .. }), "{error:?}");
+            assert!(error.is_transient(), "{error:?}");
+            assert!(chain(&error).contains("Too many open files"), "{}", chain(&error));
+            PostgresCheckpointStore::connect(&params).expect("it works again");
+        }
+        return;
+    }
+    in_a_process_of_its_own(
+        "a_login_without_file_descriptors_is_an_error_that_says_so",
+        VARIABLE,
+        &server().params(),
+    );
+}
+
+#[test]
+fn a_login_without_a_thread_is_an_error_that_says_so() {
+    const VARIABLE: &str = "CHECKPOINT_STORE_NO_THREADS_PARAMS";
+    const TEST: &str = "connect::a_login_without_a_thread_is_an_error_that_says_so";
+    if let Ok(params) = std::env::var(VARIABLE) {
+        let error = with_limit(Resource::Nproc, 1, || refusal(&params));
+        assert!(matches!(error, Error::Unavailable { .. }) && error.is_transient(), "{error:?}");
+        assert!(chain(&error).contains("no thread could be started"), "{}", chain(&error));
+        PostgresCheckpointStore::connect(&params).expect("it works again");
+        return;
+    }
+    let mut program = this_program(TEST);
+    program.env(VARIABLE, server().params());
+    if geteuid().is_root() {
+        // The limit does not hold for root. It counts what the user has, so nobody else is that user.
+        program.uid(61_234).gid(61_234);
+    }
+    let output = program.output().expect("this program starts");
+    let (told, complaint) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && told.contains("1 passed"), "{told}\n{complaint}");
 }
