@@ -6,7 +6,6 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::iter;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicIsize, Ordering};
 use std::sync::mpsc::{SendError, sync_channel};
@@ -18,7 +17,9 @@ use postgres::config::LoadBalanceHosts;
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::{Client, Config, Socket};
 
-use super::failure::{Cause, is_refused};
+use super::close::close;
+pub(crate) use super::connect_error::ConnectError;
+use super::connect_error::Failure;
 use super::targets::{Address, Target};
 use super::unresponsive::{self, Login};
 
@@ -88,8 +89,11 @@ impl Connector {
     /// A connection to the first address that gives one. It is tried for no longer than until the
     /// deadline. An address that has not answered the last time is tried after the others.
     pub(crate) fn connect(&self, deadline: Instant) -> Result<Client, ConnectError> {
-        if let Some(client) = self.0.spare().take().filter(|client| !client.is_closed()) {
-            return Ok(client);
+        let spare = self.0.spare().take();
+        match spare {
+            Some(client) if client.is_closed() => close(client),
+            Some(client) => return Ok(client),
+            None => {}
         }
         let targets = self.0.targets.as_ref().map_err(|reason| Failure::Parameters(reason))?;
         let mut untried: Vec<_> = targets.iter().map(|target| (target, None)).collect();
@@ -292,124 +296,6 @@ fn message(panic: &(dyn Any + Send)) -> String {
 fn is_timeout(error: &postgres::Error) -> bool {
     let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
     cause.is_some_and(|cause| cause.kind() == io::ErrorKind::TimedOut)
-}
-
-/// Why no connection was made. With several hosts the text says what became of each, and the source
-/// is that of the one which decides.
-#[derive(Debug)]
-pub(crate) struct ConnectError {
-    decisive: Failure,
-    each: Option<String>,
-}
-
-/// Why one attempt has failed.
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    #[error("{0}")]
-    Parameters(&'static str),
-    #[error("the host name could not be looked up")]
-    LookUp(#[source] io::Error),
-    #[error("the host name could not be looked up: no answer from the name server")]
-    NameServer,
-    #[error("no thread could be started to connect")]
-    NoThread(#[source] io::Error),
-    #[error("the password provider failed")]
-    Provider(#[source] Cause),
-    #[error("the password provider panicked")]
-    ProviderPanicked,
-    #[error("the password provider did not answer within {:.1} s", within.as_secs_f32())]
-    NoPassword { within: Duration },
-    #[error("the password provider has not returned from {MOST_HUNG_PROVIDERS} earlier calls")]
-    HungProviders,
-    #[error("no answer from {address} within {:.1} s", within.as_secs_f32())]
-    NoAnswer { address: String, within: Duration },
-    #[error("the login panicked: {0}")]
-    LoginPanicked(String),
-    #[error("no connection could be made")]
-    Login(#[source] postgres::Error),
-}
-
-impl ConnectError {
-    fn new(failures: Vec<(String, Failure)>) -> Self {
-        let each = (failures.len() > 1).then(|| {
-            let told =
-                |(name, failure): &(String, Failure)| format!("{name}: {}", failure.reason());
-            failures.iter().map(told).collect::<Vec<_>>().join("; ")
-        });
-        let decisive = failures.into_iter().map(|(_, failure)| failure).rev();
-        let decisive = decisive.max_by_key(Failure::weight);
-        Self { decisive: decisive.unwrap_or(Failure::Parameters("no address is known")), each }
-    }
-
-    /// Whether a server or its TLS refused for a reason that waiting does not change.
-    pub(crate) fn is_refusal(&self) -> bool {
-        self.decisive.is_refusal()
-    }
-
-    /// The cause for an error of this crate: the `postgres::Error` itself if that is all there is.
-    pub(crate) fn into_cause(self) -> Cause {
-        match self {
-            Self { decisive: Failure::Login(error), each: None } => error.into(),
-            other => other.into(),
-        }
-    }
-}
-
-impl From<Failure> for ConnectError {
-    fn from(decisive: Failure) -> Self {
-        Self { decisive, each: None }
-    }
-}
-
-impl From<postgres::Error> for ConnectError {
-    fn from(error: postgres::Error) -> Self {
-        Failure::Login(error).into()
-    }
-}
-
-impl fmt::Display for ConnectError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.each {
-            Some(each) => f.write_str(each),
-            None => self.decisive.fmt(f),
-        }
-    }
-}
-
-impl StdError for ConnectError {
-    fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.decisive.source()
-    }
-}
-
-impl Failure {
-    fn is_refusal(&self) -> bool {
-        match self {
-            Self::Login(error) => is_refused(error),
-            Self::Parameters(_) => true,
-            _ => false,
-        }
-    }
-
-    /// Which of several failures decides: a refusal before what may pass, what a PostgreSQL server
-    /// said before other causes, and no answer last.
-    fn weight(&self) -> (bool, bool, bool) {
-        let is_of_a_server = matches!(self, Self::Login(error) if error.as_db_error().is_some());
-        (self.is_refusal(), is_of_a_server, !matches!(self, Self::NoAnswer { .. }))
-    }
-
-    /// All that is known, in one line.
-    fn reason(&self) -> String {
-        let first: &dyn StdError = match self {
-            Self::Login(error) => match error.as_db_error() {
-                Some(told) => told,
-                None => error,
-            },
-            other => other,
-        };
-        let causes = iter::successors(Some(first), |&cause| cause.source());
-        causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
-    }
 }
 
 impl fmt::Debug for Connector {

@@ -1,6 +1,7 @@
 mod builder;
 mod close;
 mod connect;
+mod connect_error;
 mod connections;
 mod failure;
 mod group;

@@ -1,8 +1,9 @@
 //! What is wrong with the parameters is said at once, with the cause, and without the password.
 
 use std::fs;
-use std::net::TcpListener;
+use std::net::{TcpListener, UdpSocket};
 use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,9 @@ use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore};
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 
 use crate::faults::this_program;
-use crate::harness::{Gate, Options, Server, chain, free_port, server, sql_state, wait_until};
+use crate::harness::{
+    Gate, Options, Server, chain, client, free_port, privileged, server, sql_state, wait_until,
+};
 
 const AT_ONCE: Duration = Duration::from_secs(5);
 
@@ -290,6 +293,56 @@ fn fifty_calls_of_connect_at_a_mute_server_leave_a_few_threads_and_descriptors_b
     assert!(gate.accepted() >= 50, "{}", gate.accepted());
 }
 
+/// The name server is another one for a process whose `/etc/resolv.conf` is another one.
+#[test]
+fn a_name_server_that_does_not_answer_costs_the_time_of_one_host() {
+    const VARIABLE: &str = "CHECKPOINT_STORE_SILENT_NAME_SERVER_PORT";
+    const TEST: &str = "connect::a_name_server_that_does_not_answer_costs_the_time_of_one_host";
+    const ADDRESS: &str = "127.83.4.9";
+    if let Ok(port) = std::env::var(VARIABLE) {
+        let _silent = UdpSocket::bind((ADDRESS, 53)).expect("the port of name servers");
+        let connect = |hosts: &str, connect_timeout: u64| {
+            let params =
+                format!("host={hosts} port={port} user=postgres connect_timeout={connect_timeout}");
+            let started = Instant::now();
+            let connected = PostgresCheckpointStore::connect(&params);
+            (connected, started.elapsed())
+        };
+        let (error, waited) = connect("a.name.example", 1);
+        let error = error.unwrap_err();
+        assert!(matches!(error, Error::Unavailable { .. }) && error.is_transient(), "{error:?}");
+        let told = chain(&error);
+        assert!(told.contains("a.name.example") && told.contains("name server"), "{told}");
+        assert!(waited < Duration::from_secs(4), "{waited:?}");
+
+        let (connected, _) = connect("b.name.example,127.0.0.1", 1);
+        connected.expect("the second host is tried");
+        let (connected, waited) = connect("127.0.0.1,c.name.example", 30);
+        connected.expect("the first host is there");
+        assert!(waited < AT_ONCE, "{waited:?}: the name of the second is not looked up for that");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("resolv.conf");
+    fs::write(&file, format!("nameserver {ADDRESS}\n")).unwrap();
+    let program = this_program(TEST);
+    let through = privileged("unshare");
+    let script = "mount --bind \"$1\" /etc/resolv.conf && shift && exec \"$@\"";
+    let output = Command::new(&through[0])
+        .args(&through[1..])
+        .args(["--mount", "sh", "-c", script, "sh"])
+        .arg(&file)
+        .arg("env")
+        .arg(format!("{VARIABLE}={}", server().port()))
+        .arg(program.get_program())
+        .args(program.get_args())
+        .output()
+        .expect("this test needs root, or sudo without a password, to run `unshare`");
+    let (told, complaint) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && told.contains("1 passed"), "{told}\n{complaint}");
+}
+
 /// Leaves the process so many of something, for as long as `work` runs.
 fn with_limit<T>(resource: Resource, limit: u64, work: impl FnOnce() -> T) -> T {
     let before = getrlimit(resource);
@@ -303,9 +356,12 @@ fn with_limit<T>(resource: Resource, limit: u64, work: impl FnOnce() -> T) -> T 
 fn a_login_without_file_descriptors_is_an_error_that_says_so() {
     const VARIABLE: &str = "CHECKPOINT_STORE_NO_DESCRIPTORS_PARAMS";
     if let Ok(params) = std::env::var(VARIABLE) {
-        PostgresCheckpointStore::connect(&params).expect("there is no limit yet");
+        // It is closed at once, and what a runtime opens once for the process remains.
+        drop(client(&params));
+        let used = entries("/proc/self/fd");
         // Between none at all and enough for a login there are several places where it fails.
         for spare in 0..3 {
+            wait_until("the connection is closed", || entries("/proc/self/fd") <= used);
             let error = with_limit(Resource::Nofile, 256, || {
                 let open = || fs::File::open("/dev/null").ok();
                 let mut used: Vec<_> = std::iter::from_fn(open).collect();
