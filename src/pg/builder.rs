@@ -283,12 +283,25 @@ impl PostgresCheckpointStoreBuilder {
     /// One connection is made, and closed, before this returns, so that what is wrong is named at
     /// once.
     ///
-    /// Of several hosts, or several addresses of one, the first that gives a connection is taken. Each
-    /// has `connect_timeout` and a second to let the store in, then the next is asked; who has not
-    /// answered is asked last from then on. So neither a frozen standby nor a proxy that has gone mute
-    /// keeps the store down.
+    /// # Hosts and time limits
     ///
-    /// Where the parameters are silent, or give the default of `postgres`, these hold instead:
+    /// Several hosts, or several addresses of one host, are tried in turn, and the first that gives a
+    /// connection is used. Each has `connect_timeout` and a second for the whole login, and no more than
+    /// an equal share of the time that is left, so a frozen first host leaves time for the others.
+    /// `connect` returns within [`connection_timeout`](PostgresCheckpointStoreBuilder::connection_timeout)
+    /// and a second. A host name is looked up when its turn comes.
+    ///
+    /// An address that does not answer a login is tried last for ten minutes, or until it answers
+    /// one. Before it gets another login it has to answer a probe, which is the first two messages of a
+    /// login, so it is used again within about two seconds after it has recovered. At most four
+    /// unanswered logins at an address are under way in the whole process; a few more if it answers
+    /// probes and no login, as a pooler does whose server is away.
+    ///
+    /// If no host gives a connection, the error names the reason of each. What a PostgreSQL server
+    /// refused, such as a password, decides whether the error is transient, wherever that host stands
+    /// in the list.
+    ///
+    /// Where the parameters have no value, or the default of `postgres`, these are set:
     /// `connect_timeout` 4 seconds per address, `tcp_user_timeout` 10 seconds, `keepalives_idle` 10
     /// seconds, `keepalives_interval` 3 seconds, `keepalives_retries` 3.
     ///
@@ -310,8 +323,8 @@ impl PostgresCheckpointStoreBuilder {
     /// # When the server stands still
     ///
     /// A server that is stopped, or waits for a dead disk, while its kernel still acknowledges
-    /// what is sent, looks alive to TCP. `connect` fails after 5 seconds per address, and whoever needs
-    /// a new connection is told after 30; **an operation that has a connection waits until the server goes on**, and then succeeds.
+    /// what is sent, looks alive to TCP. `connect` fails after 5 seconds per address, and an operation
+    /// that needs a new connection fails after 30; **an operation that has a connection waits until the server goes on**, and then succeeds.
     /// The `postgres` crate has no time-out for an answer, `statement_timeout` is the server's to
     /// keep, and a request to cancel would wait as well. Where that is not good enough let a
     /// watchdog end the process once the projection has made no progress for too long: nothing
@@ -324,8 +337,9 @@ impl PostgresCheckpointStoreBuilder {
     /// # Errors
     ///
     /// [`Unavailable`](crate::Error::Unavailable) when no connection can be made, with the cause:
-    /// an unknown host, a wrong password or database, nobody listening, TLS required. It
-    /// [is transient](crate::Error::is_transient) unless the server or the TLS connector refused.
+    /// an unknown host, a wrong password or database, nobody listening, TLS required, no thread or file
+    /// descriptor left. It [is transient](crate::Error::is_transient) unless the server or the TLS
+    /// connector refused.
     /// [`Backend`](crate::Error::Backend) when the parameters cannot be read or
     /// `max_connections` is 0; [`InvalidIdentifier`](crate::Error::InvalidIdentifier).
     ///

@@ -63,50 +63,41 @@ impl Login {
         let mut has_answered = false;
         let mut records = lock();
         loop {
-            records.forget_expired(Instant::now());
+            let now = Instant::now();
+            records.forget_expired(now);
             let record = records.addresses.entry(address.clone()).or_default();
-            let is_unresponsive = record.unresponsive_since.is_some();
-            let most = match address {
-                Address::Tcp(peer) if is_unresponsive && !has_answered => {
+            match address {
+                Address::Tcp(peer) if !has_answered && record.needs_probe(now) => {
                     drop(records);
                     has_answered = answers_in_time(*peer, &startup_message(config), until);
                     records = lock();
-                    if has_answered {
-                        continue;
+                    if !has_answered {
+                        records.probe_failed(address);
+                        return None;
                     }
-                    // These may never be answered, not even when the peer has recovered.
-                    if let Some(record) = records.addresses.get_mut(address) {
-                        record.logins.clear();
-                    }
-                    CHANGED.notify_all();
-                    return None;
+                    continue;
                 }
-                // No network loses an answer here, so a server that goes on answers the login that it
-                // owes. A probe could do no more, and its connect has no time-out.
-                #[cfg(unix)]
-                Address::Unix(_) if is_unresponsive => 1,
-                _ => MOST_LOGINS,
-            };
-            if record.logins.len() < most {
-                records.next_id += 1;
-                let id = records.next_id;
-                records
-                    .addresses
-                    .entry(address.clone())
-                    .or_default()
-                    .logins
-                    .insert(id, Instant::now());
+                _ => {}
+            }
+            let place_is_free_at = record.place_is_free_at(address, has_answered, now);
+            if place_is_free_at.is_some_and(|at| at <= now) {
+                let id = records.add_login(address, now);
                 return Some(Self { address: address.clone(), id });
             }
-            let left = until.checked_duration_since(Instant::now())?;
-            records = CHANGED.wait_timeout(records, left).unwrap_or_else(PoisonError::into_inner).0;
+            if now >= until {
+                return None;
+            }
+            let pause = place_is_free_at.map_or(until, |at| at.min(until)) - now;
+            records =
+                CHANGED.wait_timeout(records, pause).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    /// The peer has answered, whatever it was.
+    /// The peer has answered, whatever it was. Those that began earlier are not counted any more: if
+    /// they were going to be answered, they would have been.
     pub(crate) fn answered(&self) {
         self.update(|record, id| {
-            record.logins.remove(&id);
+            record.logins = record.logins.split_off(&(id + 1));
             record.unresponsive_since = None;
         });
     }
@@ -142,7 +133,56 @@ impl Drop for Login {
     }
 }
 
+impl Record {
+    /// Whether there is a reason to doubt that another login would be answered.
+    fn needs_probe(&self, now: Instant) -> bool {
+        let oldest = self.logins.values().next();
+        let is_owed_answers = self.logins.len() >= MOST_LOGINS
+            && oldest.is_some_and(|start| now.duration_since(*start) >= FAIR_TIME);
+        self.unresponsive_since.is_some() || is_owed_answers
+    }
+
+    /// When another login may begin, if one may before another has ended.
+    fn place_is_free_at(
+        &self,
+        address: &Address,
+        has_answered: bool,
+        now: Instant,
+    ) -> Option<Instant> {
+        let most = match address {
+            // No network loses an answer here, so a server that goes on answers the login that it
+            // owes. A probe could do no more, and its connect has no time-out.
+            #[cfg(unix)]
+            Address::Unix(_) if self.unresponsive_since.is_some() => 1,
+            _ => MOST_LOGINS,
+        };
+        if self.logins.len() < most {
+            return Some(now);
+        }
+        // Those under way may be lost although the peer has recovered. Or it is a pooler whose
+        // server is away, and they wait there: the more there are, the later the next one.
+        let last = self.logins.values().next_back().filter(|_| has_answered)?;
+        Some(*last + FAIR_TIME * u32::try_from(self.logins.len()).unwrap_or(u32::MAX))
+    }
+}
+
 impl Records {
+    fn add_login(&mut self, address: &Address, now: Instant) -> u64 {
+        self.next_id += 1;
+        let record = self.addresses.entry(address.clone()).or_default();
+        record.logins.insert(self.next_id, now);
+        self.next_id
+    }
+
+    /// The logins under way may never be answered, not even when the peer has recovered. They need not
+    /// be counted either: there is none before a probe is answered.
+    fn probe_failed(&mut self, address: &Address) {
+        let record = self.addresses.entry(address.clone()).or_default();
+        record.logins.clear();
+        record.unresponsive_since.get_or_insert_with(Instant::now);
+        CHANGED.notify_all();
+    }
+
     fn forget_expired(&mut self, now: Instant) {
         self.addresses.retain(|_, record| {
             record.logins.retain(|_, start| now.duration_since(*start) < LOGIN_COUNTS_FOR);
@@ -298,6 +338,44 @@ mod tests {
         drop(listener);
         assert!(Login::begin(&address, &config(), far()).is_some(), "a refusal is an answer");
         login.answered();
+    }
+
+    /// Answers every probe by hanging up.
+    fn hang_up_on_everybody(listener: TcpListener) {
+        thread::spawn(move || listener.incoming().for_each(drop));
+    }
+
+    /// Has as many logins under way as there may be, each of that age.
+    fn begin_logins(address: &Address, age: Duration) {
+        let start = Instant::now().checked_sub(age).expect("the machine has run for so long");
+        for _ in 0..MOST_LOGINS {
+            lock().add_login(address, start);
+        }
+    }
+
+    #[test]
+    fn logins_that_were_lost_in_an_outage_do_not_keep_an_address_that_has_recovered_from_being_used()
+     {
+        let (listener, peer) = listener();
+        let address = Address::Tcp(peer);
+        hang_up_on_everybody(listener);
+        begin_logins(&address, FAIR_TIME * 5);
+        let login = Login::begin(&address, &config(), far()).expect("it answers probes");
+        // It may be a pooler that answers probes and no login.
+        let limit = Instant::now() + Duration::from_millis(200);
+        assert!(Login::begin(&address, &config(), limit).is_none());
+        login.answered();
+        assert!(!lock().addresses.contains_key(&address), "nothing is left over");
+    }
+
+    #[test]
+    fn an_address_where_all_logins_are_unanswered_has_to_answer_a_probe() {
+        let (_listener, peer) = listener();
+        let address = Address::Tcp(peer);
+        begin_logins(&address, FAIR_TIME);
+        assert!(!contains(&address), "no call has waited for its fair time");
+        assert!(Login::begin(&address, &config(), soon()).is_none(), "nobody accepts");
+        assert!(contains(&address));
     }
 
     #[cfg(unix)]
