@@ -44,6 +44,8 @@ const SPARE_LIVES_FOR: Duration = Duration::from_secs(1);
 pub(crate) type PasswordProvider =
     dyn Fn() -> Result<String, Box<dyn StdError + Send + Sync>> + Send + Sync;
 
+type LogIn = dyn Fn(&Config) -> Result<Client, postgres::Error> + Send + Sync;
+
 /// Makes connections. A clone is another handle on the same connector.
 #[derive(Clone)]
 pub(crate) struct Connector(Arc<Shared>);
@@ -53,7 +55,7 @@ struct Shared {
     in_random_order: bool,
     /// How long one address may take to give a connection.
     limit: Duration,
-    log_in: Box<dyn Fn(&Config) -> Result<Client, postgres::Error> + Send + Sync>,
+    log_in: Box<LogIn>,
     password: Option<Arc<PasswordProvider>>,
     hung_providers: AtomicIsize,
     /// A connection that was made after its caller had given up.
@@ -146,14 +148,13 @@ impl Connector {
     }
 
     fn addresses(&self, target: &Arc<Target>, until: Instant) -> Result<Vec<Address>, Failure> {
-        let mut addresses = match target.address() {
-            Some(address) => vec![address.clone()],
-            None => {
-                let target = Arc::clone(target);
-                bounded("pg-lookup", until, move || target.look_up(), drop)?
-                    .ok_or(Failure::NameServer)?
-                    .map_err(Failure::LookUp)?
-            }
+        let mut addresses = if let Some(address) = target.address() {
+            vec![address.clone()]
+        } else {
+            let target = Arc::clone(target);
+            bounded("pg-lookup", until, move || target.look_up(), drop)?
+                .ok_or(Failure::NameServer)?
+                .map_err(Failure::LookUp)?
         };
         self.shuffle(&mut addresses);
         Ok(addresses)

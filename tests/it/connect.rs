@@ -119,8 +119,11 @@ fn a_running_store_that_is_refused_says_so_without_waiting_for_its_time_out() {
     let options = Options { password: Some("correct horse".to_owned()), ..Options::fast() };
     let server = Server::start(options);
     let params = format!("host=127.0.0.1 port={} user=postgres", server.port());
-    let store =
-        PostgresCheckpointStore::connect(&format!("{params} password='correct horse'")).unwrap();
+    // No other connection is being made when the password changes.
+    let store = PostgresCheckpointStore::builder()
+        .max_connections(1)
+        .connect(&format!("{params} password='correct horse'"))
+        .unwrap();
     store.migrate().unwrap();
     let mut admin = store.connection().unwrap();
     admin.batch_execute("ALTER ROLE postgres PASSWORD 'another'").unwrap();
