@@ -307,7 +307,86 @@ impl fmt::Debug for Connector {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    use postgres::NoTls;
+
     use super::*;
+
+    fn connector(listener: &TcpListener) -> Connector {
+        let port = listener.local_addr().expect("bound").port();
+        let params = format!("host=127.0.0.1 port={port} user=u sslmode=disable");
+        Connector::new(params.parse().expect("valid parameters"), NoTls, None)
+    }
+
+    /// Reads the StartupMessage, as a server does.
+    fn accept(listener: &TcpListener) -> TcpStream {
+        let (mut client, _) = listener.accept().expect("a login");
+        let mut length = [0; 4];
+        client.read_exact(&mut length).expect("a message");
+        let length = usize::try_from(u32::from_be_bytes(length)).expect("32 bits");
+        client.read_exact(&mut vec![0; length - 4]).expect("the whole message");
+        client
+    }
+
+    /// AuthenticationOk and ReadyForQuery.
+    fn let_in(client: &mut TcpStream) {
+        client.write_all(b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I").expect("it listens");
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(100)
+    }
+
+    fn wait_until_there_is_a_spare(connector: &Connector) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while connector.0.spare().is_none() {
+            assert!(Instant::now() < deadline, "it takes too long");
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_connection_that_comes_too_late_is_given_to_the_next_caller() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let connector = connector(&listener);
+        let error = connector.connect(soon()).map(drop).expect_err("no answer");
+        assert!(error.to_string().starts_with("no answer from 127.0.0.1:"), "{error}");
+        let mut server = accept(&listener);
+        let_in(&mut server);
+        wait_until_there_is_a_spare(&connector);
+        close(connector.connect(soon()).expect("the one that came late"));
+        listener.set_nonblocking(true).expect("a socket");
+        assert!(listener.accept().is_err(), "there was no other login");
+    }
+
+    #[test]
+    fn of_the_connections_that_come_too_late_all_are_closed_that_nobody_takes() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let connector = connector(&listener);
+        let mut servers = Vec::new();
+        for _ in 0..3 {
+            connector.connect(soon()).map(drop).expect_err("no answer");
+            servers.push(accept(&listener));
+        }
+        servers.iter_mut().for_each(let_in);
+        for mut server in servers {
+            server.read_to_end(&mut Vec::new()).expect("it is closed");
+        }
+    }
+
+    #[test]
+    fn a_login_that_panics_is_an_error_at_once_and_says_why() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let mut connector = connector(&listener);
+        let shared = Arc::get_mut(&mut connector.0).expect("the only handle");
+        shared.log_in = Box::new(|_| panic!("no {} left", "descriptor"));
+        let error = connector.connect(Instant::now() + Duration::from_secs(60));
+        let error = error.map(drop).expect_err("it panics");
+        assert_eq!(error.to_string(), "the login panicked: no descriptor left");
+        assert!(!error.is_refusal());
+    }
 
     #[test]
     fn a_dead_network_is_bounded_where_the_caller_has_not_bounded_it() {

@@ -349,7 +349,7 @@ fn a_name_server_that_does_not_answer_costs_the_time_of_one_host() {
 /// Leaves the process so many of something, for as long as `work` runs.
 fn with_limit<T>(resource: Resource, limit: u64, work: impl FnOnce() -> T) -> T {
     let before = getrlimit(resource);
-    setrlimit(resource, Rlimit { current: Some(limit), ..before.clone() }).unwrap();
+    setrlimit(resource, Rlimit { current: Some(limit), ..before }).unwrap();
     let outcome = work();
     setrlimit(resource, before).unwrap();
     outcome
