@@ -320,7 +320,7 @@ mod tests {
         Connector::new(params.parse().expect("valid parameters"), NoTls, None)
     }
 
-    /// Reads the StartupMessage, as a server does.
+    /// Reads the `StartupMessage`, as a server does.
     fn accept(listener: &TcpListener) -> TcpStream {
         let (mut client, _) = listener.accept().expect("a login");
         let mut length = [0; 4];
@@ -330,7 +330,7 @@ mod tests {
         client
     }
 
-    /// AuthenticationOk and ReadyForQuery.
+    /// `AuthenticationOk` and `ReadyForQuery`.
     fn let_in(client: &mut TcpStream) {
         client.write_all(b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I").expect("it listens");
     }
