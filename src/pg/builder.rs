@@ -391,7 +391,7 @@ impl PostgresCheckpointStoreBuilder {
     ///
     /// The time limits that [`connect`](PostgresCheckpointStoreBuilder::connect) lists are set where
     /// the `Config` has no value, or the default of `postgres`. Use
-    /// [`NoTls`](crate::postgres::NoTls) for a connection without TLS.
+    /// [`NoTls`] for a connection without TLS.
     ///
     /// A `notice_callback` is kept if the `Config` has one host. With several hosts it is lost, because
     /// `Config` does not give it out again.

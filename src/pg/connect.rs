@@ -214,6 +214,7 @@ impl Shared {
             let password = catch_unwind(AssertUnwindSafe(|| provider()));
             if start.set(Some(Instant::now())).is_err() {
                 self.hung_providers.fetch_sub(1, Ordering::Relaxed);
+                // Its caller has said so, and does not read this.
                 return Err(Failure::NoPassword { within: self.limit });
             }
             // What a panic says may hold the password.
@@ -374,6 +375,42 @@ mod tests {
         for mut server in servers {
             server.read_to_end(&mut Vec::new()).expect("it is closed");
         }
+    }
+
+    #[test]
+    fn a_provider_that_hangs_is_not_held_against_the_host() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = Address::Tcp(listener.local_addr().expect("bound"));
+        let mut connector = connector(&listener);
+        let (answer, answers) = std::sync::mpsc::channel();
+        let answers = Mutex::new(answers);
+        let shared = Arc::get_mut(&mut connector.0).expect("the only handle");
+        shared.password = Some(Arc::new(move || {
+            let answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
+            Ok(answers.recv()?)
+        }));
+        // So long that an address would be held to be unresponsive.
+        let deadline = Instant::now() + Duration::from_millis(1_500);
+        let error = connector.connect(deadline).map(drop).expect_err("it hangs");
+        assert!(error.to_string().starts_with("the password provider did not answer"), "{error}");
+        assert!(!unresponsive::contains(&address));
+        assert_eq!(connector.0.hung_providers.load(Ordering::Relaxed), 1);
+
+        // It comes back, and does not log in for a caller that has given up.
+        answer.send("p".to_owned()).expect("it waits");
+        while connector.0.hung_providers.load(Ordering::Relaxed) > 0 {
+            thread::yield_now();
+        }
+        listener.set_nonblocking(true).expect("a socket");
+        assert!(listener.accept().is_err(), "there was no login");
+        listener.set_nonblocking(false).expect("a socket");
+
+        answer.send("p".to_owned()).expect("it is asked again");
+        thread::scope(|scope| {
+            scope.spawn(|| let_in(&mut accept(&listener)));
+            let deadline = Instant::now() + Duration::from_secs(60);
+            close(connector.connect(deadline).expect("a connection"));
+        });
     }
 
     #[test]
