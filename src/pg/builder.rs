@@ -1,21 +1,23 @@
+use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use postgres::tls::{MakeTlsConnect, TlsConnect};
-use postgres::{Client, NoTls, Socket};
+use postgres::{Client, Config, NoTls, Socket};
 use r2d2::{ManageConnection, Pool};
 
 use super::close::close;
-use super::connect::{ConnectError, Connector, ServerName};
+use super::connect::{Connector, PasswordProvider};
 use super::connections::{Connections, DEFAULT_TIMEOUT};
-use super::errors::{Cause, failure, no_connection};
+use super::errors::{failure, no_connection};
 use super::group::Group;
 use super::identifier::Table;
 use super::params;
 use super::prepared::refuse_shared_sessions;
 use super::queries::Queries;
 use super::retry::{Observer, Retry, deadline_after};
+use super::targets::ServerName;
 use super::{PostgresCheckpointStore, Shared};
 use crate::{Error, Result};
 
@@ -35,7 +37,7 @@ use crate::{Error, Result};
 /// # Ok::<(), checkpoint_store::Error>(())
 /// ```
 #[derive(Clone)]
-#[must_use = "a builder does nothing until `connect`, `connect_tls` or `build`"]
+#[must_use = "a builder does nothing until `connect`, `connect_tls`, `connect_config` or `build`"]
 pub struct PostgresCheckpointStoreBuilder {
     schema: String,
     table: String,
@@ -45,6 +47,7 @@ pub struct PostgresCheckpointStoreBuilder {
     max_connections: u32,
     connection_timeout: Option<Duration>,
     observer: Option<Arc<Observer>>,
+    password_provider: Option<Arc<PasswordProvider>>,
 }
 
 /// PostgreSQL itself takes no more: `MAX_BACKENDS` in its source.
@@ -61,6 +64,7 @@ impl Default for PostgresCheckpointStoreBuilder {
             max_connections: 10,
             connection_timeout: None,
             observer: None,
+            password_provider: None,
         }
     }
 }
@@ -249,6 +253,47 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
+    /// Asks for the password before each login, instead of taking it from the parameters. The default
+    /// is none: the password in the parameters.
+    ///
+    /// This is for passwords that expire, such as the tokens of managed databases, which are valid
+    /// for minutes, and for passwords that are rotated. They are checked at a login only, so a
+    /// connection lives on when its password has expired.
+    ///
+    /// The provider runs on a thread of its own for each new connection, at each host that is tried,
+    /// at up to four for the same address at the same time. Its time counts against the limit of that
+    /// attempt: `connect_timeout` and a second, 5 seconds by default. Keep a token until shortly before
+    /// it expires if it is slow to get, and give the request a time-out.
+    ///
+    /// An error from the provider is [`Unavailable`](crate::Error::Unavailable), transient, with that
+    /// error in its chain of causes, and the operation retries as in any outage. So is a provider that
+    /// panics or does not return within the limit. While four calls have not returned, no other is
+    /// made. A password that the server refuses is an error that is not transient, as without a
+    /// provider.
+    ///
+    /// The password appears in no error and in no `Debug` output. What the provider's own error says
+    /// is shown.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # use checkpoint_store::PostgresCheckpointStore;
+    /// let store = PostgresCheckpointStore::builder()
+    ///     .password_provider(|| Ok(std::fs::read_to_string("/run/secrets/db")?.trim().to_owned()))
+    ///     .connect("host=db.example user=app")?;
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    pub fn password_provider(
+        mut self,
+        provider: impl Fn() -> std::result::Result<String, Box<dyn StdError + Send + Sync>>
+        + Send
+        + Sync
+        + 'static,
+    ) -> Self {
+        self.password_provider = Some(Arc::new(provider));
+        self
+    }
+
     /// Connects without TLS. `params` is a URL or `key=value` pairs separated by blanks, as in
     /// [`postgres::Config`], which lists them. White space around them is left out.
     ///
@@ -264,12 +309,25 @@ impl PostgresCheckpointStoreBuilder {
     /// One connection is made, and closed, before this returns, so that what is wrong is named at
     /// once.
     ///
-    /// Of several hosts, or several addresses of one, the first that gives a connection is taken. Each
-    /// has `connect_timeout` and a second to let the store in, then the next is asked; who has not
-    /// answered is asked last from then on. So neither a frozen standby nor a proxy that has gone mute
-    /// keeps the store down.
+    /// # Hosts and time limits
     ///
-    /// Where the parameters are silent, or give the default of `postgres`, these hold instead:
+    /// Several hosts, or several addresses of one host, are tried in turn, and the first that gives a
+    /// connection is used. Each has `connect_timeout` and a second for the whole login, and no more than
+    /// an equal share of the time that is left, so a frozen first host leaves time for the others.
+    /// `connect` returns within [`connection_timeout`](PostgresCheckpointStoreBuilder::connection_timeout)
+    /// and a second. A host name is looked up when its turn comes.
+    ///
+    /// An address that does not answer a login is tried last for ten minutes, or until it answers
+    /// one. Before it gets another login it has to answer a probe, which is the first two messages of a
+    /// login, so it is used again within about two seconds after it has recovered. At most four
+    /// unanswered logins at an address are under way in the whole process; a few more if it answers
+    /// probes and no login, as a pooler does whose server is away.
+    ///
+    /// If no host gives a connection, the error names the reason of each. What a PostgreSQL server
+    /// refused, such as a password, decides whether the error is transient, wherever that host stands
+    /// in the list.
+    ///
+    /// Where the parameters have no value, or the default of `postgres`, these are set:
     /// `connect_timeout` 4 seconds per address, `tcp_user_timeout` 10 seconds, `keepalives_idle` 10
     /// seconds, `keepalives_interval` 3 seconds, `keepalives_retries` 3.
     ///
@@ -291,8 +349,8 @@ impl PostgresCheckpointStoreBuilder {
     /// # When the server stands still
     ///
     /// A server that is stopped, or waits for a dead disk, while its kernel still acknowledges
-    /// what is sent, looks alive to TCP. `connect` fails after 5 seconds per address, and whoever needs
-    /// a new connection is told after 30; **an operation that has a connection waits until the server goes on**, and then succeeds.
+    /// what is sent, looks alive to TCP. `connect` fails after 5 seconds per address, and an operation
+    /// that needs a new connection fails after 30; **an operation that has a connection waits until the server goes on**, and then succeeds.
     /// The `postgres` crate has no time-out for an answer, `statement_timeout` is the server's to
     /// keep, and a request to cancel would wait as well. Where that is not good enough let a
     /// watchdog end the process once the projection has made no progress for too long: nothing
@@ -305,8 +363,9 @@ impl PostgresCheckpointStoreBuilder {
     /// # Errors
     ///
     /// [`Unavailable`](crate::Error::Unavailable) when no connection can be made, with the cause:
-    /// an unknown host, a wrong password or database, nobody listening, TLS required. It
-    /// [is transient](crate::Error::is_transient) unless the server or the TLS connector refused.
+    /// an unknown host, a wrong password or database, nobody listening, TLS required, no thread or file
+    /// descriptor left. It [is transient](crate::Error::is_transient) unless the server or the TLS
+    /// connector refused.
     /// [`Backend`](crate::Error::Backend) when the parameters cannot be read or
     /// `max_connections` is 0; [`InvalidIdentifier`](crate::Error::InvalidIdentifier).
     ///
@@ -350,6 +409,43 @@ impl PostgresCheckpointStoreBuilder {
         T::Stream: Send,
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
+        self.connect_config(params::parse(params)?, tls)
+    }
+
+    /// As [`connect_tls`](PostgresCheckpointStoreBuilder::connect_tls), with parameters that the
+    /// program has put together itself. A password needs no quoting there.
+    ///
+    /// The time limits that [`connect`](PostgresCheckpointStoreBuilder::connect) lists are set where
+    /// the `Config` has no value, or the default of `postgres`. Use
+    /// [`NoTls`] for a connection without TLS.
+    ///
+    /// A `notice_callback` is kept if the `Config` has one host. With several hosts it is lost, because
+    /// `Config` does not give it out again.
+    ///
+    /// # Errors
+    ///
+    /// As [`connect_tls`](PostgresCheckpointStoreBuilder::connect_tls). A `Config` without a host, or
+    /// whose hosts, addresses and ports do not match in number, is
+    /// [`Unavailable`](crate::Error::Unavailable), not transient.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use checkpoint_store::PostgresCheckpointStore;
+    /// use checkpoint_store::postgres::{Config, NoTls};
+    ///
+    /// let mut config = Config::new();
+    /// config.host("db.example").user("app").password("it's a \\ secret").dbname("app");
+    /// let store = PostgresCheckpointStore::builder().connect_config(config, NoTls)?;
+    /// # Ok::<(), checkpoint_store::Error>(())
+    /// ```
+    pub fn connect_config<T>(self, config: Config, tls: T) -> Result<PostgresCheckpointStore>
+    where
+        T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
+        T::TlsConnect: Send,
+        T::Stream: Send,
+        <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+    {
         let table = Table::new(&self.schema, &self.table)?;
         self.check_timeout("connect")?;
         if !(1..=MOST_CONNECTIONS).contains(&self.max_connections) {
@@ -359,19 +455,13 @@ impl PostgresCheckpointStoreBuilder {
             );
             return Err(Error::backend("connect", reason));
         }
-        let config = params::parse(params)?;
-
-        let server = ServerName::of(&config);
-        let connector = Connector::new(config, tls);
         let timeout = self.connection_timeout.unwrap_or(DEFAULT_TIMEOUT);
+        let server = ServerName::of(&config);
+        let connector = Connector::new(config, tls, self.password_provider.clone());
         let deadline = deadline_after(timeout);
-        let mut first = connector.connect(deadline).map_err(|cause| {
-            let cause: Cause = match cause {
-                ConnectError::Failed(error) => error.into(),
-                silence @ ConnectError::NoAnswer { .. } => silence.into(),
-            };
-            no_connection("connect", &server, cause)
-        })?;
+        let mut first = connector
+            .connect(deadline)
+            .map_err(|error| no_connection("connect", &server, error.into_cause()))?;
         if self.prepared_statements {
             // Where no more than one connection is to be had, there is nothing to find out.
             let another = || connector.connect(deadline).ok();
@@ -394,7 +484,9 @@ impl PostgresCheckpointStoreBuilder {
     /// # Errors
     ///
     /// [`InvalidIdentifier`](crate::Error::InvalidIdentifier); [`Backend`](crate::Error::Backend) when
-    /// `connection_timeout` is 0. No connection is made.
+    /// `connection_timeout` is 0, and when there is a
+    /// [`password_provider`](PostgresCheckpointStoreBuilder::password_provider): it does not apply to
+    /// connections that another pool makes. No connection is made.
     ///
     /// # Examples
     ///
@@ -418,6 +510,11 @@ impl PostgresCheckpointStoreBuilder {
     {
         let table = Table::new(&self.schema, &self.table)?;
         self.check_timeout("build")?;
+        if self.password_provider.is_some() {
+            let reason = "password_provider does not apply to a pool of the caller's own, whose manager \
+                          makes the connections";
+            return Err(Error::backend("build", reason));
+        }
         let connections = Connections::of(pool, self.connection_timeout, self.prepared_statements);
         Ok(self.assemble(table, connections))
     }
@@ -440,7 +537,7 @@ impl PostgresCheckpointStoreBuilder {
     }
 }
 
-/// Without the observer, which has nothing to show.
+/// Without what might hold a secret, and without the observer.
 impl fmt::Debug for PostgresCheckpointStoreBuilder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PostgresCheckpointStoreBuilder")

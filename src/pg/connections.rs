@@ -12,7 +12,8 @@ use r2d2::ManageConnection;
 
 use super::client::{History, PooledClient};
 use super::close::close;
-use super::connect::{ConnectError, Connector};
+use super::connect::Connector;
+use super::connect_error::ConnectError;
 use super::errors::{Cause, ErrorClass, Outcome, failure, names_its_cause, no_connection};
 use super::pool::{Loan, Peer, Pool};
 use super::prepared::{SharedSession, is_shared};
@@ -337,9 +338,20 @@ pub(crate) fn next_after(class: ErrorClass, after_loss: AfterLoss) -> Next {
 }
 
 /// No connection could be made. Calls that wait for one share the cause.
-#[derive(Debug, thiserror::Error)]
-#[error("no connection could be made")]
-struct NoConnection(#[source] Arc<ConnectError>);
+#[derive(Debug)]
+struct NoConnection(Arc<ConnectError>);
+
+impl fmt::Display for NoConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("no connection could be made")
+    }
+}
+
+impl std::error::Error for NoConnection {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&*self.0)
+    }
+}
 
 /// None of the pool's connections was given back in time.
 #[derive(Debug, thiserror::Error)]

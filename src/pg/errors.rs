@@ -6,6 +6,7 @@ use std::io;
 
 use postgres::error::{Severity, SqlState};
 
+use super::connect::ConnectError;
 use crate::Error;
 
 /// What went wrong underneath: a `postgres::Error` in most cases.
@@ -227,34 +228,38 @@ fn is_shortage_or_rivalry(code: &SqlState) -> bool {
         .contains(code)
 }
 
-/// Whether a connection was refused for a reason that waiting does not change: a password, a
-/// database that is not there, a certificate.
+/// Whether a connection was refused for a reason that waiting does not change.
 pub(crate) fn is_refusal(cause: &(dyn StdError + 'static)) -> bool {
-    const CONNECTION_EXCEPTION: &str = "08";
-    const OPERATOR_INTERVENTION: &str = "57P";
-    const INTERNAL_ERROR: &str = "XX";
-    let Some(error) = postgres_error(cause) else { return false };
-    match error.code() {
-        Some(code) => {
-            // PgBouncer gives all its refusals the code 08P01, a wrong password's too; pgpool says
-            // XX000 while the server behind it is away.
-            let class = |class| code.code().starts_with(class);
-            !(is_shortage_or_rivalry(code)
-                || class(CONNECTION_EXCEPTION)
-                || class(OPERATOR_INTERVENTION)
-                || class(INTERNAL_ERROR))
-        }
-        None => {
-            !(is_connection_loss(error) || is_without_an_answer(error)) || is_refused_by_tls(error)
-        }
+    let mut causes = std::iter::successors(Some(cause), |&cause| cause.source());
+    match causes.find_map(|cause| cause.downcast_ref::<ConnectError>()) {
+        Some(error) => error.is_refusal(),
+        None => postgres_error(cause).is_some_and(is_refused),
     }
 }
 
-/// Connectors that are made for I/O, as that of `rustls` is, wrap what they refuse, a certificate
-/// say, into an I/O error. A network that fails has other kinds.
-fn is_refused_by_tls(error: &postgres::Error) -> bool {
-    let io = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
-    io.is_some_and(|io| {
+/// Whether the server or the TLS connector has said no, for a reason that waiting does not change: a
+/// password, a database that is not there, a certificate. A time-out, a closed connection and an I/O
+/// error are no such answer.
+pub(crate) fn is_refused(error: &postgres::Error) -> bool {
+    const CONNECTION_EXCEPTION: &str = "08";
+    const OPERATOR_INTERVENTION: &str = "57P";
+    const INTERNAL_ERROR: &str = "XX";
+    if let Some(code) = error.code() {
+        // PgBouncer gives all its refusals the code 08P01, a wrong password's too; pgpool says
+        // XX000 while the server behind it is away.
+        let class = |class| code.code().starts_with(class);
+        return !(is_shortage_or_rivalry(code)
+            || class(CONNECTION_EXCEPTION)
+            || class(OPERATOR_INTERVENTION)
+            || class(INTERNAL_ERROR));
+    }
+    // `postgres` gives a time-out, an unexpected message and a closed connection no cause.
+    let Some(cause) = error.source() else { return false };
+    let io = std::iter::successors(Some(cause), |&cause| cause.source())
+        .find_map(|cause| cause.downcast_ref::<io::Error>());
+    // Connectors that are made for I/O, as that of `rustls` is, wrap what they refuse, such as a
+    // certificate, into an I/O error. A network that fails has other kinds.
+    io.is_none_or(|io| {
         matches!(io.kind(), io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput)
     })
 }

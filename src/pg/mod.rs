@@ -18,6 +18,7 @@ mod builder;
 mod client;
 mod close;
 mod connect;
+mod connect_error;
 mod connections;
 mod errors;
 mod group;
@@ -32,7 +33,9 @@ mod queries;
 mod retry;
 mod session;
 mod statements;
+mod targets;
 mod transaction;
+mod unresponsive;
 
 use std::fmt;
 use std::panic::{RefUnwindSafe, UnwindSafe};

@@ -27,6 +27,7 @@ mod migrate;
 mod network;
 mod order_summary;
 mod outages;
+mod passwords;
 mod pgbouncer;
 mod postgres;
 mod prepared;

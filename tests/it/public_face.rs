@@ -120,6 +120,10 @@ fn declaration(item: Item, types: &HashSet<String>) -> Option<Item> {
             assert!(!is_public(&item.vis), "{}: say how to show a constant", item.ident);
             None
         }
+        Item::Static(item) => {
+            assert!(!is_public(&item.vis), "{}: say how to show a static", item.ident);
+            None
+        }
         Item::Struct(_)
         | Item::Enum(_)
         | Item::Trait(_)

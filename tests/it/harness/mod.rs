@@ -20,7 +20,7 @@ use checkpoint_store::r2d2_postgres::PostgresConnectionManager;
 pub(crate) use example::{Running, example, failure, stderr, stdout, success};
 pub(crate) use gate::Gate;
 pub(crate) use guard::{Guard, kill_process, signal, signal_pid};
-pub(crate) use network::Network;
+pub(crate) use network::{Network, privileged};
 pub(crate) use pgbouncer::PgBouncer;
 pub(crate) use proxy::{Cut, Proxy};
 pub(crate) use server::{Options, Server, free_port, give_away, server_program};

@@ -76,7 +76,8 @@ impl Network {
     }
 }
 
-fn privileged(program: &str) -> Vec<String> {
+/// How to run a program as root.
+pub(crate) fn privileged(program: &str) -> Vec<String> {
     let sudo: &[&str] = if rustix::process::geteuid().is_root() { &[] } else { &["sudo", "-n"] };
     sudo.iter().chain([&program]).map(ToString::to_string).collect()
 }
