@@ -13,6 +13,14 @@ SELECT class.relkind::pg_catalog.text AS kind,
        END::pg_catalog.oid AS has_expected_type,
        pg_catalog.format_type(attribute.atttypid, attribute.atttypmod) AS type_name,
        attribute.attnotnull AS not_null,
+       attribute.attnotnull AND NOT EXISTS (
+           SELECT
+           FROM pg_catalog.pg_constraint
+           WHERE pg_constraint.conrelid = class.oid
+             AND pg_constraint.contype = 'n'
+             AND pg_constraint.conkey[1] = attribute.attnum
+             AND NOT pg_constraint.convalidated
+       ) AS never_null,
        ARRAY(
            SELECT needed
            FROM pg_catalog.unnest(ARRAY['SELECT', 'INSERT', 'UPDATE']) AS needed

@@ -301,10 +301,11 @@ impl PostgresCheckpointStoreBuilder {
     /// variables nor `.pgpass` nor service files are read; what verifies a certificate is the connector
     /// of [`connect_tls`](PostgresCheckpointStoreBuilder::connect_tls).
     ///
-    /// Parameters that cannot be read are an error that says why, and repeats no piece of them: it may
-    /// be a password. For the same reason a host, a user or a database whose name has a `;`, `=` or `@`
-    /// in it, and the like, is refused before a server could repeat it. What is well-formed the server may
-    /// repeat: a role or a database that it does not know.
+    /// Parameters that cannot be read are an error that says why. It names an option that is not known,
+    /// unless the name may be a piece of a password, and no value. Parameters that can be read are tried,
+    /// except for a host with a character that no host has, and a user, database or option that seems to
+    /// hold a password (`password=`, `pwd=`, `token=` and the like), because a server would repeat it.
+    /// Without `user` it is the operating system's user.
     ///
     /// One connection is made, and closed, before this returns, so that what is wrong is named at
     /// once.

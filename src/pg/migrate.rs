@@ -93,7 +93,9 @@ struct Column {
     name: String,
     has_expected_type: Option<bool>,
     type_name: String,
+    /// What is written is not null. What was there before may be, where the constraint is not validated.
     not_null: bool,
+    never_null: bool,
     missing_rights: Vec<String>,
     is_generated: bool,
     is_compared_by_bytes: bool,
@@ -122,6 +124,7 @@ fn inspect(client: &mut impl GenericClient, table: &Table) -> Outcome<Option<Vec
                 has_expected_type: row.try_get("has_expected_type")?,
                 type_name: row.try_get("type_name")?,
                 not_null: row.try_get("not_null")?,
+                never_null: row.try_get("never_null")?,
                 missing_rights: row.try_get("missing_rights")?,
                 is_generated: row.try_get("is_generated")?,
                 is_compared_by_bytes: row.try_get("is_compared_by_bytes")?,
@@ -166,7 +169,7 @@ fn misfit(columns: &[Column]) -> Option<String> {
                 column.type_name
             ));
         }
-        if !column.not_null {
+        if !column.never_null {
             return Some(format!("its column {name:?} can be null"));
         }
         if column.is_generated {

@@ -92,6 +92,96 @@ fn parameters_that_cannot_be_read_are_refused_without_quoting_them() {
 }
 
 #[test]
+fn an_unknown_option_is_named_with_what_to_do_and_nothing_else() {
+    for (query, told) in [
+        ("pgbouncer=true", "unknown option \"pgbouncer\"; remove it"),
+        ("connect_timeout=2&schema=app", "unknown option \"schema\"; use builder().schema(..)"),
+    ] {
+        let error = refusal(&format!("{}?{query}", server().url("postgres")));
+        assert_eq!(chain(&error), format!("connect failed: {told}"));
+        assert!(!error.is_transient());
+    }
+    let error = refusal(&format!("{}?sslmode=verify-full", server().url("postgres")));
+    let told = chain(&error);
+    assert!(told.starts_with("connect failed: invalid value for option \"sslmode\"; "), "{told}");
+    assert!(told.contains("require") && !told.contains("percent"), "{told}");
+}
+
+/// As managed services have their users write them, and as PostgreSQL allows them.
+#[test]
+fn names_with_any_character_lead_to_the_database() {
+    let mut admin = server().client();
+    for (number, user) in ["app@server", "service@project.iam", "DOM\\some;one", "pass through"]
+        .into_iter()
+        .enumerate()
+    {
+        let database = format!("R&D/{number}, a=b?@é");
+        admin.batch_execute(&format!("CREATE ROLE \"{user}\" LOGIN")).unwrap();
+        admin.batch_execute(&format!("CREATE DATABASE \"{database}\"")).unwrap();
+        let encoded = |name: &str| {
+            let bytes: Vec<_> = name.bytes().map(|byte| format!("%{byte:02X}")).collect();
+            bytes.concat()
+        };
+        let (port, quoted_user) = (server().port(), user.replace('\\', "\\\\"));
+        for params in [
+            format!("host=127.0.0.1 port={port} user='{quoted_user}' dbname='{database}'"),
+            format!("postgres://{}@127.0.0.1:{port}/{}", encoded(user), encoded(&database)),
+            format!(
+                "postgres://127.0.0.1:{port}/?user={}&dbname={}",
+                encoded(user),
+                encoded(&database)
+            ),
+        ] {
+            let store = PostgresCheckpointStore::connect(&params)
+                .unwrap_or_else(|error| panic!("{params}: {}", chain(&error)));
+            let row = store
+                .connection()
+                .unwrap()
+                .query_one("SELECT current_user::text, current_database()::text", &[])
+                .unwrap();
+            assert_eq!((row.get(0), row.get(1)), (user, database.as_str()), "{params}");
+        }
+    }
+}
+
+#[test]
+fn options_that_only_a_proxy_understands_reach_the_server() {
+    for options in ["endpoint%3Dep-cool-name-123456", "project=ep-cool-name", "reference%3Dabcdef"]
+    {
+        let error = refusal(&format!("{}?options={options}", server().url("postgres")));
+        assert!(matches!(error, Error::Unavailable { .. }), "{options}: {error:?}");
+        let word = options.replace("%3D", "=");
+        assert!(chain(&error).contains(&word), "{}", chain(&error));
+    }
+    for options in ["-c password_encryption=md5", "--work_mem=64kB -cjit=off -S 64 -fs"] {
+        let params = format!("{} options='{options}'", server().params());
+        PostgresCheckpointStore::connect(&params).expect("settings");
+    }
+}
+
+#[test]
+fn without_a_user_it_is_that_of_the_operating_system() {
+    let id = std::process::Command::new("id").arg("-un").output().unwrap();
+    let user = String::from_utf8(id.stdout).unwrap().trim().to_owned();
+    let mut admin = server().client();
+    let role = format!(
+        "DO $$ BEGIN CREATE ROLE \"{user}\" LOGIN; EXCEPTION WHEN duplicate_object THEN END $$"
+    );
+    admin.batch_execute(&role).unwrap();
+    let port = server().port();
+    for params in [
+        format!("postgres://127.0.0.1:{port}/postgres"),
+        format!("host='' hostaddr=127.0.0.1 port={port} dbname=postgres"),
+        format!("hostaddr=127.0.0.1 port={port} dbname=postgres"),
+    ] {
+        let store = PostgresCheckpointStore::connect(&params)
+            .unwrap_or_else(|error| panic!("{params}: {}", chain(&error)));
+        let row = store.connection().unwrap().query_one("SELECT current_user::text", &[]);
+        assert_eq!(row.unwrap().get::<_, &str>(0), user);
+    }
+}
+
+#[test]
 fn parameters_without_a_host_are_refused() {
     for params in ["", "user=postgres password=hunter2"] {
         let error = refusal(params);

@@ -10,11 +10,17 @@ use checkpoint_store::{
 };
 
 use crate::harness::{
-    self, Cut, Options, Proxy, Schema, Server, chain, pool, unique, wait_for_a_waiter,
+    self, Cut, Options, Proxy, Schema, Server, chain, pool, sql_state, unique, wait_for_a_waiter,
 };
 
 fn store(params: &str) -> PostgresCheckpointStore {
     PostgresCheckpointStore::builder().max_connections(1).connect(params).unwrap()
+}
+
+/// The server's major version: 18, for example.
+fn version() -> i32 {
+    let query = "SELECT current_setting('server_version_num')::int4 / 10000";
+    harness::server().client().query_one(query, &[]).unwrap().get(0)
 }
 
 /// Why the table is not taken.
@@ -269,6 +275,18 @@ fn no_table_is_made_beside_one_whose_name_differs_in_case_only() {
 }
 
 /// Whatever an administrator has set for a role, a database or a server.
+fn settings() -> Vec<&'static str> {
+    let mut settings = SETTINGS.to_vec();
+    settings.push(match version() {
+        ..16 => "force_parallel_mode=on",
+        _ => "debug_parallel_query=on",
+    });
+    if version() >= 17 {
+        settings.push("transaction_timeout=10min");
+    }
+    settings
+}
+
 const SETTINGS: [&str; 27] = [
     "quote_all_identifiers=on",
     "standard_conforming_strings=off",
@@ -314,7 +332,7 @@ fn its_own_table_is_made_and_taken_under_every_setting() {
              CREATE VIEW odd.pg_attribute AS SELECT 1 AS attrelid;",
         )
         .unwrap();
-    for (number, setting) in SETTINGS.into_iter().enumerate() {
+    for (number, setting) in settings().into_iter().enumerate() {
         for prepared in [false, true] {
             let store = PostgresCheckpointStore::builder()
                 .schema(format!("made under {number}"))
@@ -373,18 +391,102 @@ fn in_another_encoding_the_order_is_that_of_utf_8_and_what_cannot_be_held_is_ref
 }
 
 #[test]
-fn the_contract_holds_in_a_database_that_sorts_by_a_language() {
-    let server = Server::start(Options::fast());
-    let created = server.client().batch_execute(
-        "CREATE DATABASE sorted LOCALE_PROVIDER icu ICU_LOCALE 'en-US' LOCALE 'C' TEMPLATE template0",
-    );
-    if server.client().query_one("SHOW server_version_num", &[]).unwrap().get::<_, &str>(0)
-        < "150000"
-    {
-        return; // such a database cannot be made before PostgreSQL 15
+fn the_contract_holds_whatever_provides_the_locale_of_the_database() {
+    for (since, provider) in [
+        (15, "LOCALE_PROVIDER icu ICU_LOCALE 'en-US' LOCALE 'C'"),
+        (17, "LOCALE_PROVIDER builtin BUILTIN_LOCALE 'C.UTF-8'"),
+        (18, "LOCALE_PROVIDER builtin BUILTIN_LOCALE 'PG_UNICODE_FAST'"),
+    ] {
+        let name = unique("sorted");
+        let created = harness::server()
+            .client()
+            .batch_execute(&format!("CREATE DATABASE {name} {provider} TEMPLATE template0"));
+        if version() < since {
+            println!("PostgreSQL {} has no database with {provider}", version());
+            created.unwrap_err();
+            continue;
+        }
+        created.unwrap();
+        let store = store(&harness::server().url(&name));
+        store.migrate().unwrap();
+        conformance::verify(&store);
     }
-    created.unwrap();
-    let store = store(&server.url("sorted"));
+}
+
+#[test]
+fn a_batch_longer_than_the_server_allows_is_undone_and_the_next_one_is_not() {
+    let store = store(&harness::fresh_database());
+    store.migrate().unwrap();
+    store.save("orders", 1).unwrap();
+    let mut runs = 0;
+    let error = store
+        .project("orders", |tx, offset| {
+            runs += 1;
+            tx.batch_execute("SET LOCAL transaction_timeout = '1ms'; SELECT pg_sleep(60)")?;
+            Ok(Some(offset + 1))
+        })
+        .unwrap_err();
+    if version() < 17 {
+        println!("PostgreSQL {} has no transaction_timeout", version());
+        assert_eq!((sql_state(&error).as_deref(), runs), (Some("42704"), 1));
+        assert!(!error.is_transient(), "{error:?}");
+    } else {
+        // The session ends with it, and whether another one has more time is not known.
+        assert_eq!(runs, 3);
+        assert!(matches!(error, Error::Unavailable { .. }) && error.is_transient(), "{error:?}");
+        // The driver may see the end of the session before it reads the server's reason.
+        let state = sql_state(&error);
+        assert!(matches!(state.as_deref(), None | Some("25P04")), "{}", chain(&error));
+    }
+    assert_eq!(store.project("orders", |_, offset| Ok(Some(offset + 1))).unwrap(), Some(2));
+}
+
+#[test]
+fn a_column_is_not_taken_while_it_may_hold_a_null_from_before_its_constraint() {
+    let database = harness::fresh_database();
+    let store = store(&database);
+    store.migrate().unwrap();
+    let mut admin = harness::client(&database);
+    admin
+        .batch_execute(
+            "ALTER TABLE projection_checkpoints ALTER \"offset\" DROP NOT NULL;
+             INSERT INTO projection_checkpoints VALUES ('orders', NULL);",
+        )
+        .unwrap();
+    assert!(misfit(&store).contains("\"offset\" can be null"));
+    let constraint = "ALTER TABLE projection_checkpoints
+                      ADD CONSTRAINT filled NOT NULL \"offset\" NOT VALID";
+    let added = admin.batch_execute(constraint);
+    if version() < 18 {
+        println!("PostgreSQL {} has no NOT NULL that is not validated", version());
+        added.unwrap_err();
+        admin.batch_execute("DELETE FROM projection_checkpoints").unwrap();
+        admin
+            .batch_execute("ALTER TABLE projection_checkpoints ALTER \"offset\" SET NOT NULL")
+            .unwrap();
+    } else {
+        added.unwrap();
+        assert!(misfit(&store).contains("\"offset\" can be null"));
+        admin.batch_execute("DELETE FROM projection_checkpoints").unwrap();
+        admin
+            .batch_execute("ALTER TABLE projection_checkpoints VALIDATE CONSTRAINT filled")
+            .unwrap();
+    }
+    store.migrate().unwrap();
+}
+
+#[test]
+fn the_contract_holds_beside_a_column_that_is_generated() {
+    let database = harness::fresh_database();
+    let store = store(&database);
+    store.migrate().unwrap();
+    let kind = if version() < 18 { "STORED" } else { "VIRTUAL" };
+    harness::client(&database)
+        .batch_execute(&format!(
+            "ALTER TABLE projection_checkpoints
+             ADD is_new boolean GENERATED ALWAYS AS (\"offset\" = 0) {kind}"
+        ))
+        .unwrap();
     store.migrate().unwrap();
     conformance::verify(&store);
 }

@@ -165,6 +165,16 @@ fn parameters_that_are_misread_show_no_password() {
         format!("postgres://postgres:hunter2@127.0.0.1:{port}/postgres?schema=hunter2"),
         format!("jdbc:postgresql://127.0.0.1:{port}/postgres?user=postgres&password=hunter2"),
         format!("postgres://postgres:hunter2#@127.0.0.1:{port}/a\nb"),
+        format!("postgres://postgres:correct@horse:hunter2@127.0.0.1:{port}/postgres"),
+        format!("postgres://postgres:hunter?horse=2@127.0.0.1:{port}/postgres?a=b@horse"),
+        format!("postgres://postgres@127.0.0.1:{port}/postgres?password=a&horse=b"),
+        format!("postgres://127.0.0.1:{port}/postgres user=postgres password=hunter2"),
+        format!("host=127.0.0.1 port={port} user=postgres password=correct horse=hunter2"),
+        format!("host=127.0.0.1 port={port} dbname=postgres://postgres:hunter2@127.0.0.1/app"),
+        format!("host=127.0.0.1 port={port} user='postgres password = hunter2'"),
+        format!("host=127.0.0.1 port={port} user=postgres,pwd=hunter2 sslmode=disable"),
+        format!("host=127.0.0.1 port={port} options='-c x=1 --access_token=hunter2'"),
+        format!("host=/tmp;port={port};user=postgres;password=hunter2"),
     ] {
         let error = PostgresCheckpointStore::connect(&params).map(drop).unwrap_err();
         assert!(

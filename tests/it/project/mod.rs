@@ -274,13 +274,16 @@ fn what_the_server_undoes_because_of_others_starts_over() {
             schema.name
         ))
         .unwrap();
-    // Both hold one row before either wants the other's: a deadlock, the first time.
-    let (meet, runs) = (Barrier::new(2), AtomicUsize::new(0));
-    let in_order = |first: i32, second: i32| {
+    // Both hold one row before either wants the other's: a deadlock. Without the wait the loser might
+    // lock its row again before the winner has woken up: another deadlock.
+    let (meet, runs, done) = (Barrier::new(2), AtomicUsize::new(0), AtomicUsize::new(0));
+    let project_in_order = |projection: &str, first: i32, second: i32| {
         let mut is_first_run = true;
-        let (meet, runs) = (&meet, &runs);
-        move |tx: &mut Transaction<'_>, offset| {
+        let outcome = store.project(projection, |tx, offset| {
             runs.fetch_add(1, Ordering::SeqCst);
+            if !is_first_run {
+                wait_until("the winner has committed", || done.load(Ordering::SeqCst) == 1);
+            }
             let sql = "SELECT FROM rows WHERE column1 = $1 FOR UPDATE";
             tx.execute(sql, &[&first])?;
             if std::mem::take(&mut is_first_run) {
@@ -288,11 +291,13 @@ fn what_the_server_undoes_because_of_others_starts_over() {
             }
             tx.execute(sql, &[&second])?;
             apply(tx, offset)
-        }
+        });
+        done.fetch_add(1, Ordering::SeqCst);
+        outcome
     };
     thread::scope(|scope| {
-        let one = scope.spawn(|| store.project("one", in_order(1, 2)));
-        let other = scope.spawn(|| store.project("other", in_order(2, 1)));
+        let one = scope.spawn(|| project_in_order("one", 1, 2));
+        let other = scope.spawn(|| project_in_order("other", 2, 1));
         assert_eq!(one.join().unwrap().unwrap(), Some(1));
         assert_eq!(other.join().unwrap().unwrap(), Some(1));
     });
