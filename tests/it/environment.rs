@@ -9,9 +9,7 @@ use checkpoint_store::{
     Batch, CheckpointStore, Error, PostgresCheckpointStore, Result, conformance,
 };
 
-use crate::harness::{
-    self, Cut, Options, Proxy, Schema, Server, chain, pool, sql_state, unique, wait_for_a_waiter,
-};
+use crate::harness::{self, Cut, Proxy, Schema, chain, pool, sql_state, unique, wait_for_a_waiter};
 
 fn store(params: &str) -> PostgresCheckpointStore {
     PostgresCheckpointStore::builder().max_connections(1).connect(params).unwrap()
