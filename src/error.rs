@@ -77,7 +77,9 @@ pub enum Error {
     },
 
     /// A compare-and-set did not find the expected offset, and changed nothing.
-    #[error("projection {projection:?} is at offset {found}, not at {expected}: another client has moved it")]
+    #[error(
+        "projection {projection:?} is at offset {found}, not at {expected}: another client has moved it"
+    )]
     #[non_exhaustive]
     Conflict {
         /// The projection.
