@@ -39,8 +39,9 @@
 //!
 //! # The read model is elsewhere
 //!
-//! Processing is then **at least once**: a crash repeats the events since the last save, so make handling an event
-//! idempotent. A [`Checkpointer`] saves at the [`Cadence`] that you choose, and detects a second worker:
+//! Processing is then **at least once**: after a crash, the events since the last save are processed again, so
+//! handling an event must be idempotent. A [`Checkpointer`] saves at the [`Cadence`] that you choose, and detects a
+//! second worker:
 //!
 //! ```
 //! use checkpoint_store::{Cadence, Checkpointer, MemoryCheckpointStore};

@@ -26,9 +26,9 @@ pub(crate) fn saves(saves: &Measured) -> String {
     let bars: Vec<Bar> = [
         (BY_HAND, "by hand"),
         (OURS, THIS_CRATE),
-        (BARE_TYPED, "the statement alone"),
+        (BARE_TYPED, "statement alone"),
         (PREPARED, &prepared),
-        (BARE_PREPARED, "the statement alone, prepared"),
+        (BARE_PREPARED, "statement alone, prepared"),
     ]
     .map(|(measured, name)| (name.to_owned(), saves.seconds(measured)))
     .to_vec();
