@@ -17,6 +17,11 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// Tests the [contract](CheckpointStore#contract) on an empty store, from one thread and from several.
 ///
+/// It takes a few seconds on a database, and leaves the store empty. No other client may use the store
+/// meanwhile. If your users wrap the store, for example in an `Arc`, test it wrapped as well.
+///
+/// Failures of the backend are not tested, because only the author of a store can cause them.
+///
 /// # Examples
 ///
 /// ```
@@ -24,11 +29,6 @@ const LIMIT: Duration = Duration::from_secs(10);
 ///
 /// conformance::verify(&MemoryCheckpointStore::new());
 /// ```
-///
-/// It takes a few seconds on a database, and leaves the store empty. No other client may use the store
-/// meanwhile. If your users wrap the store, for example in an `Arc`, test it wrapped as well.
-///
-/// Failures of the backend are not tested, because only the author of a store can cause them.
 ///
 /// # Panics
 ///
