@@ -19,16 +19,16 @@
 //! # Ok::<(), checkpoint_store::Error>(())
 //! ```
 //!
-//! A store holds neither events nor the end of the stream, which you pass to it for [monitoring](#monitoring). It does
-//! not know whether the read model is right: a checkpoint can be trusted as far as it is saved together with the read
-//! model that it describes. What you use therefore depends on where the read model is.
+//! A store holds no events, and does not know the end of the stream: you pass that for [monitoring](#monitoring). It
+//! does not know whether the read model is right either: a checkpoint can be trusted as far as it is saved together with
+//! the read model that it describes. What you use therefore depends on where the read model is.
 //!
 //! # The read model is in the same PostgreSQL database
 //!
 //! [`project`](PostgresCheckpointStore::project) applies one batch of events **exactly once**: it begins a transaction,
-//! locks the projection, calls your closure, saves the offset that it returns, and commits. A competing worker waits;
-//! with [`try_project`](PostgresCheckpointStore::try_project) it returns at once and can turn to another projection. Lost
-//! connections are handled for you, even during the commit.
+//! locks the projection, calls your closure, saves the offset that it returns, and commits. A competing worker waits.
+//! [`try_project`](PostgresCheckpointStore::try_project) does not wait, so that a thread can turn to another projection.
+//! Lost connections are handled for you, even during the commit.
 //!
 //! If a transaction exists already, [`in_transaction`](PostgresCheckpointStore::in_transaction) offers the same steps:
 //! [`lock`](InTransaction::lock) and [`save`](InTransaction::save), or [`get`](InTransaction::get) and
