@@ -2,7 +2,7 @@ use std::time::SystemTime;
 
 use crate::ProjectionStatus;
 
-/// How far a projection has got.
+/// How far a projection has read its event stream.
 ///
 /// # Examples
 ///
@@ -22,12 +22,12 @@ pub struct Checkpoint {
     pub projection: String,
     /// The offset of the last event that the projection has processed.
     pub offset: i64,
-    /// When the checkpoint was last saved, by the clock of the store.
+    /// The time of the last save, by the clock of the store.
     pub updated_at: SystemTime,
 }
 
 impl Checkpoint {
-    /// Puts a checkpoint together. For custom stores.
+    /// Creates a checkpoint. For custom stores.
     ///
     /// # Examples
     ///
@@ -42,7 +42,7 @@ impl Checkpoint {
         Self { projection: projection.into(), offset, updated_at }
     }
 
-    /// Compares the checkpoint with the stream head.
+    /// Compares the checkpoint with the stream head, the offset of the last event in the stream.
     ///
     /// # Examples
     ///

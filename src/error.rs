@@ -6,25 +6,10 @@ use crate::pg::{CALLERS_POOL, CALLERS_STATEMENT, postgres_error, transience};
 
 type Source = Box<dyn StdError + Send + Sync>;
 
-/// What every fallible operation of this crate returns.
+/// The result of every fallible operation of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, and on what.
-///
-/// The message of an error never repeats its cause: print the whole chain of
-/// [`source`](std::error::Error::source)s to see both. No message in the chain holds a password or
-/// a connection string.
-///
-/// | Variant | What to do |
-/// |---|---|
-/// | [`InvalidProjection`](Error::InvalidProjection), [`InvalidOffset`](Error::InvalidOffset), [`InvalidIdentifier`](Error::InvalidIdentifier) | fix the caller; nothing was sent and nothing has changed |
-/// | [`Conflict`](Error::Conflict) | roll back; another worker has moved the checkpoint: stop, or read the offset again |
-/// | [`Unavailable`](Error::Unavailable) | retry from the offset that is stored if [`is_transient`](Error::is_transient); otherwise fix the parameters, a wrong password say |
-/// | [`Backend`](Error::Backend) | retry in a new transaction if [`is_transient`](Error::is_transient), otherwise fix what the cause names |
-/// | [`IncompatibleTable`](Error::IncompatibleTable) | fix the table, or configure another name |
-///
-/// With the feature `postgres` a `postgres::Error`, of a statement or a commit of your own, becomes
-/// one of these through `?`.
+/// An error of this crate. It says what failed, and on what.
 ///
 /// # Examples
 ///
@@ -37,86 +22,108 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 ///     other => panic!("{other:?}"),
 /// }
 /// ```
+///
+/// # What to do
+///
+/// | Variant | What to do |
+/// |---|---|
+/// | [`InvalidProjection`](Error::InvalidProjection), [`InvalidOffset`](Error::InvalidOffset), [`InvalidIdentifier`](Error::InvalidIdentifier) | Fix the caller. Nothing was sent and nothing has changed. |
+/// | [`Conflict`](Error::Conflict) | Roll back: another worker has moved the checkpoint. Stop, or read the offset again. |
+/// | [`Unavailable`](Error::Unavailable) | If it [is transient](Error::is_transient), retry from the stored offset. Otherwise fix the parameters, such as a wrong password. |
+/// | [`Backend`](Error::Backend) | If it [is transient](Error::is_transient), retry in a new transaction. Otherwise fix what the cause names. |
+/// | [`IncompatibleTable`](Error::IncompatibleTable) | Fix the table, or configure another name. |
+///
+/// # Messages and causes
+///
+/// The message of an error does not repeat its cause. [`report`](Error::report) shows both in one line; the
+/// causes are also in the chain of [`source`](std::error::Error::source)s. No message in the chain contains a
+/// password or a connection string.
+///
+/// # Conversions
+///
+/// With the feature `postgres`, `?` converts a `postgres::Error` of your own statements and an `r2d2::Error` of
+/// your own pool. It always converts `Box<dyn Error + Send + Sync>`.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The projection's name is one that no store takes; see
-    /// [`validate_projection`](crate::validate_projection).
+    /// No store accepts this projection name; see [`validate_projection`](crate::validate_projection).
     #[error("invalid projection name {}: {reason}", abridged(name))]
     #[non_exhaustive]
     InvalidProjection {
         /// The name as it was given.
         name: String,
-        /// Why it is refused.
+        /// Why it was refused.
         reason: &'static str,
     },
 
-    /// The offset cannot be stored, or not at this point.
+    /// The offset is negative, or lower than this operation allows.
     #[error("invalid offset {offset}: {reason}")]
     #[non_exhaustive]
     InvalidOffset {
         /// The offset as it was given.
         offset: i64,
-        /// Why it is refused.
+        /// Why it was refused.
         reason: &'static str,
     },
 
-    /// A schema or table name that PostgreSQL would refuse or cut short.
+    /// PostgreSQL would refuse or truncate this schema or table name.
     #[error("invalid identifier {}: {reason}", abridged(identifier))]
     #[non_exhaustive]
     InvalidIdentifier {
         /// The identifier as it was given.
         identifier: String,
-        /// Why it is refused.
+        /// Why it was refused.
         reason: &'static str,
     },
 
-    /// A compare-and-set found another offset than the expected one, and changed nothing.
-    #[error("projection {projection:?} is at offset {found}, not at {expected} as expected")]
+    /// A compare-and-set did not find the expected offset, and changed nothing.
+    #[error(
+        "projection {projection:?} is at offset {found}, not at {expected}: another client has moved it"
+    )]
     #[non_exhaustive]
     Conflict {
         /// The projection.
         projection: String,
         /// The offset that the caller expected.
         expected: i64,
-        /// The offset that is stored; 0 when there is none.
+        /// The stored offset; 0 if there is no checkpoint.
         found: i64,
     },
 
-    /// The table is there, but is not one that this crate can use.
+    /// The table exists, but this crate cannot use it.
     #[error("table {table} cannot hold checkpoints: {reason}")]
     #[non_exhaustive]
     IncompatibleTable {
         /// The table's quoted name.
         table: String,
-        /// What does not fit.
+        /// What is incompatible.
         reason: String,
     },
 
-    /// There is no connection, or it was lost. If a write was under way its outcome is unknown:
-    /// it happened as a whole or not at all.
+    /// No connection could be made, or it was lost. If it was lost during a write, the outcome is unknown:
+    /// the write was executed completely or not at all.
     #[error("{}{}", unavailable(operation), about(subject.as_deref()))]
     #[non_exhaustive]
     Unavailable {
-        /// What was tried, as a method's name: `save`, say.
+        /// The operation, as the name of a method such as `save`.
         operation: &'static str,
-        /// On what: the projection and its table, say.
+        /// What it was for, such as the projection and its table.
         subject: Option<String>,
-        /// The cause: the `postgres::Error` itself, where there was one connection to lose.
+        /// The cause; the `postgres::Error` itself if a connection was lost.
         source: Source,
         /// What [`is_transient`](Error::is_transient) returns.
         transient: bool,
     },
 
-    /// The store refused or failed, and has written nothing.
+    /// The store refused the operation or failed. Nothing was written.
     #[error("{}{}", failed(operation), about(subject.as_deref()))]
     #[non_exhaustive]
     Backend {
-        /// What was tried, as a method's name: `save`, say.
+        /// The operation, as the name of a method such as `save`.
         operation: &'static str,
-        /// On what: the projection and its table, say.
+        /// What it was for, such as the projection and its table.
         subject: Option<String>,
-        /// The cause: the `postgres::Error` itself, where it is one.
+        /// The cause; the `postgres::Error` itself if the server reported one.
         source: Source,
         /// What [`is_transient`](Error::is_transient) returns.
         transient: bool,
@@ -124,7 +131,9 @@ pub enum Error {
 }
 
 impl Error {
-    /// Wraps the failure of a store's own backend. For custom stores.
+    /// Creates a [`Backend`](Error::Backend) error. For custom stores.
+    ///
+    /// It is transient if a PostgreSQL error in the chain of causes is.
     ///
     /// # Examples
     ///
@@ -140,8 +149,10 @@ impl Error {
         Self::Backend { operation, subject: None, source, transient }
     }
 
-    /// Says that a store cannot be reached, or was lost while it was at work, so that the outcome of
-    /// a write is unknown. For custom stores.
+    /// Creates an [`Unavailable`](Error::Unavailable) error: the store cannot be reached, or the connection
+    /// was lost and the outcome of a write is unknown. For custom stores.
+    ///
+    /// It is transient unless a PostgreSQL error in the chain of causes is not.
     ///
     /// # Examples
     ///
@@ -149,7 +160,7 @@ impl Error {
     /// use checkpoint_store::Error;
     ///
     /// let error = Error::unavailable("save", std::io::Error::other("connection reset"));
-    /// assert_eq!(error.to_string(), "the checkpoint store is not available: save");
+    /// assert_eq!(error.to_string(), "save failed, the checkpoint store is not available");
     /// assert!(error.is_transient());
     /// ```
     pub fn unavailable(operation: &'static str, source: impl Into<Source>) -> Self {
@@ -158,8 +169,8 @@ impl Error {
         Self::Unavailable { operation, subject: None, source, transient }
     }
 
-    /// A compare-and-set that found `found` instead of `expected`, 0 if there is no checkpoint. For
-    /// custom stores.
+    /// Creates a [`Conflict`](Error::Conflict): a compare-and-set found `found` instead of `expected`. `found`
+    /// is 0 if there is no checkpoint. For custom stores.
     ///
     /// # Examples
     ///
@@ -173,7 +184,7 @@ impl Error {
         Self::Conflict { projection: projection.into(), expected, found }
     }
 
-    /// The SQLSTATE of the PostgreSQL error in the chain of causes, if there is one.
+    /// Returns the SQLSTATE of the first PostgreSQL error in the chain of causes, or `None` if there is none.
     ///
     /// # Examples
     ///
@@ -195,7 +206,7 @@ impl Error {
         postgres_error(self).and_then(postgres::Error::code)
     }
 
-    /// For a call of which an earlier attempt may have been executed: this error does not tell.
+    /// For a call whose earlier attempt may have been executed.
     #[cfg(feature = "postgres")]
     pub(crate) fn with_unknown_outcome(self) -> Self {
         match self {
@@ -206,7 +217,7 @@ impl Error {
         }
     }
 
-    /// The error and its causes in one line, for a log: `save failed: projection .. in table ..: db
+    /// Formats the error and its causes in one line, for a log: `save failed: projection .. in table ..: db
     /// error: ERROR: ..`.
     ///
     /// # Examples
@@ -222,7 +233,7 @@ impl Error {
         Report(self)
     }
 
-    /// Whether this is a [`Conflict`](Error::Conflict): another worker has moved the checkpoint.
+    /// Returns whether this is a [`Conflict`](Error::Conflict): another worker has moved the checkpoint.
     ///
     /// # Examples
     ///
@@ -239,30 +250,29 @@ impl Error {
         matches!(self, Self::Conflict { .. })
     }
 
-    /// Whether the same work is worth another try in a new transaction, without fixing anything
-    /// first. It is decided on severity, SQLSTATE and whose statement it was, never on a message.
+    /// Returns whether a retry of the same work in a new transaction may succeed without any other change.
     ///
-    /// `true`:
+    /// Retry on a new connection, after a pause. The decision is based on the severity, the SQLSTATE and the
+    /// owner of the statement, never on the text of a message.
     ///
-    /// * a lost connection, which is what FATAL and PANIC are whatever their code, and a server that
-    ///   cannot be reached;
-    /// * class 40 (deadlocks, serialization failures) and class 53 (disk, memory, connections);
-    /// * 55P03 and 55006 (a lock that was not to be had, an object in use), 58000 and 58030 (an error
-    ///   of the system or its disk);
-    /// * of the store's own statements 57014, because they only ever wait for a row, and 25006, for
-    ///   the next connection may lead to a server that takes writes.
+    /// | Error | Transient |
+    /// |---|---|
+    /// | A lost connection, including each FATAL and PANIC whatever its code; a server that cannot be reached. | yes |
+    /// | Class 40 (deadlock, serialization failure), class 53 (disk, memory, connections), 55P03 (lock not available), 55006 (object in use), 58000 and 58030 (system error, I/O error). | yes |
+    /// | 57014 (canceled) of a write of the store, because it may have waited for a row lock. | yes |
+    /// | 25006 (read-only) of a statement of the store, because the next connection may lead to a server that accepts writes. | yes |
+    /// | 57014 of a read, 57014 and 25006 of your own statements. | no |
+    /// | A refused password, certificate or database. | no |
+    /// | Any other ERROR of class 08 or 57, if the connection remains open. | no |
+    /// | A [`Conflict`](Error::Conflict), because another worker has done the same work. | no |
+    /// | Everything else. | no |
     ///
-    /// `false`: everything else. That includes a refused password, certificate or database; an
-    /// ERROR of class 08 or 57 on a connection that lives; and 57014 and 25006 of the caller's own
-    /// statements. A [`Conflict`](Error::Conflict) is not transient either: the same work has been
-    /// done by somebody else.
+    /// Some refusals cannot be distinguished from an outage, and are transient:
     ///
-    /// Take a new connection for the next try: one that was lost stays lost.
-    ///
-    /// Some refusals cannot be told from an outage, and so look transient: all that `PgBouncer`
-    /// refuses, for it gives everything, a wrong password too, the code 08P01; those of class XX, for
-    /// pgpool says XX000 while its server is away; and what a pool of the caller's own cannot connect
-    /// to, because `r2d2` keeps of the cause no more than a text.
+    /// * `PgBouncer` reports each refusal, including a wrong password, with the code 08P01.
+    /// * pgpool reports XX000 while its server is unavailable, so class XX is transient when connecting.
+    /// * With a pool of your own, `r2d2` keeps only the text of the error, so any failure to connect is
+    ///   transient.
     ///
     /// # Examples
     ///
@@ -301,15 +311,15 @@ impl fmt::Display for Report<'_> {
     }
 }
 
-/// What the cause itself says about trying again, if it says anything.
+/// Whether the cause is transient, if that is known.
 #[cfg(not(feature = "postgres"))]
 fn transience(_source: &(dyn StdError + 'static)) -> Option<bool> {
     None
 }
 
-/// What the caller's own code runs into, so that `?` carries it out of a function that returns this
-/// crate's [`Result`]. It is a [`Backend`](Error::Backend), as [`Error::backend`] makes it, unless it is
-/// an [`Error`] already, or becomes another one through `?`.
+/// Converts an error of the caller's own code, so that `?` works in a function that returns this crate's
+/// [`Result`]. If the box contains an [`Error`], a `postgres::Error` or an `r2d2::Error`, the result is the
+/// same as without the box. Otherwise it is a [`Backend`](Error::Backend) error, as from [`Error::backend`].
 impl From<Source> for Error {
     fn from(source: Source) -> Self {
         let source = match source.downcast::<Self>() {
@@ -338,8 +348,8 @@ const CALLERS_POOL: &str = "pool";
 fn unavailable(operation: &str) -> String {
     match operation {
         CALLERS_STATEMENT => "the connection was lost during a statement of the caller".to_owned(),
-        CALLERS_POOL => "the caller's pool gave no connection".to_owned(),
-        _ => format!("the checkpoint store is not available: {operation}"),
+        CALLERS_POOL => "the caller's pool returned no connection".to_owned(),
+        _ => format!("{operation} failed, the checkpoint store is not available"),
     }
 }
 
@@ -350,18 +360,18 @@ fn failed(operation: &str) -> String {
     }
 }
 
-/// The text without line breaks and other control characters.
+/// Replaces line breaks and other control characters.
 fn one_line(text: &str) -> String {
     let breaks = |c: char| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
     text.split(breaks).filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
 }
 
-/// The end of a message: what the operation was about.
+/// The end of a message: what the operation was for.
 fn about(subject: Option<&str>) -> String {
     subject.map_or_else(String::new, |subject| format!(": {subject}"))
 }
 
-/// The quoted text, cut where it would drown the message.
+/// The quoted text, truncated if it is long.
 fn abridged(text: &str) -> String {
     const SHOWN: usize = 64;
     match text.char_indices().nth(SHOWN) {
@@ -375,7 +385,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_long_name_is_cut_in_the_message_and_whole_in_the_field() {
+    fn a_long_name_is_truncated_in_the_message_and_complete_in_the_field() {
         let name = "ü".repeat(2_000);
         let error = Error::InvalidProjection { name: name.clone(), reason: "too long" };
         let shown = error.to_string();

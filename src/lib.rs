@@ -1,11 +1,11 @@
 //! # Checkpoints for projections
 //!
-//! A *projection* builds a read model from a stream of events. It must remember the *offset* of the last event it
-//! has processed, its *checkpoint*, so that after a restart it resumes there. This crate keeps checkpoints in
+//! A *projection* builds a read model from a stream of events. Its *checkpoint* is the *offset* of the last event that
+//! it has processed. This crate stores checkpoints, so that after a restart a projection resumes where it stopped: in
 //! PostgreSQL ([`PostgresCheckpointStore`]), in memory ([`MemoryCheckpointStore`]), or in a store of your own
 //! ([`CheckpointStore`]).
 //!
-//! This page is the first hour. The [`guide`] goes on from here.
+//! This page is an overview. The [`guide`] covers each subject in depth.
 //!
 //! # A checkpoint
 //!
@@ -19,28 +19,29 @@
 //! # Ok::<(), checkpoint_store::Error>(())
 //! ```
 //!
-//! A checkpoint says how far a projection has got. It does not hold events, it does not know the end of the stream
-//! until you [tell it](ProjectionStatus), and it does not know whether the read model is right. You can trust it
-//! only as far as it was saved together with the read model it describes. So the question is where the read model is.
+//! A store holds no events, and does not know the end of the stream: you pass that for [monitoring](#monitoring). It
+//! does not know whether the read model is right either: a checkpoint can be trusted as far as it is saved together with
+//! the read model that it describes. What you use therefore depends on where the read model is.
 //!
 //! # The read model is in the same PostgreSQL database
 //!
-//! [`project`](PostgresCheckpointStore::project) applies one batch of events **exactly once**: it begins a
-//! transaction, takes the projection, calls your closure, saves the offset that it returns, and commits. A competing
-//! worker waits, or with [`try_project`](PostgresCheckpointStore::try_project) goes on to another projection. A lost
-//! connection, also during the commit, is nothing to you.
+//! [`project`](PostgresCheckpointStore::project) applies one batch of events **exactly once**: it begins a transaction,
+//! locks the projection, calls your closure, saves the offset that it returns, and commits. A competing worker waits.
+//! [`try_project`](PostgresCheckpointStore::try_project) does not wait, so that a thread can turn to another projection.
+//! Lost connections are handled for you, even during the commit.
 //!
-//! Where there is a transaction already, [`in_transaction`](PostgresCheckpointStore::in_transaction) has the parts:
+//! If a transaction exists already, [`in_transaction`](PostgresCheckpointStore::in_transaction) offers the same steps:
 //! [`lock`](InTransaction::lock) and [`save`](InTransaction::save), or [`get`](InTransaction::get) and
-//! [`advance`](InTransaction::advance), which do not wait.
+//! [`advance`](InTransaction::advance), which hold no lock while you apply events.
 //!
-//! Two things are yours: the closure, which may run more than once, and a stream whose events are committed in the
-//! order of their ids. [Exactly once](guide::exactly_once) says how, and how to reset a projection.
+//! You must ensure two things: the closure has no effect outside its transaction, because it may run more than once, and
+//! events commit in the order of their ids. See [exactly once](guide::exactly_once), also for how to reset a projection.
 //!
 //! # The read model is elsewhere
 //!
-//! Then processing is **at least once**: a crash repeats the events since the last save, so make handling one
-//! idempotent. A [`Checkpointer`] saves at a [`Cadence`] of yours, and notices a second worker:
+//! Processing is then **at least once**: after a crash, the events since the last save are processed again, so
+//! handling an event must be idempotent. A [`Checkpointer`] saves at the [`Cadence`] that you choose, and detects a
+//! second worker:
 //!
 //! ```
 //! use checkpoint_store::{Cadence, Checkpointer, MemoryCheckpointStore};
@@ -70,7 +71,8 @@
 //! # Ok::<(), checkpoint_store::Error>(())
 //! ```
 //!
-//! Threads finish events out of order: see [`Watermark`], and [threads](guide::threads).
+//! If several threads process the events, they finish them out of order: use a [`Watermark`], and see
+//! [threads](guide::threads).
 //!
 //! # Monitoring
 //!
@@ -82,7 +84,7 @@
 //! # store.save("orders", 9_958)?;
 //! let check = HealthCheck::new().critical_lag(5_000).stalled_after(Duration::from_secs(300));
 //! let checkpoints = store.all()?;
-//! let stream_head = 10_000; // asked for after the checkpoints, so that none seems to be ahead of it
+//! let stream_head = 10_000; // read it after the checkpoints, so that none appears to be ahead of it
 //! for checkpoint in checkpoints {
 //!     let status = checkpoint.status(stream_head);
 //!     let health = check.assess(&status, SystemTime::now());
@@ -94,9 +96,9 @@
 //!
 //! # Errors
 //!
-//! Each [`Error`] says what failed and on what, and keeps its cause: an error of the store's own operations in the
-//! database names the operation, the projection and the table. With `?` the errors of your own statements become
-//! [`Error`]s too. [`report`](Error::report) shows an error and its causes in one line. What to do:
+//! An [`Error`] of the store names the operation, the projection and the table, and keeps its cause.
+//! [`report`](Error::report) shows an error and its causes in one line. `?` converts the errors of your own statements,
+//! of `r2d2`, and `Box<dyn Error + Send + Sync>`. A worker handles three cases:
 //!
 //! ```
 //! use checkpoint_store::Error;
@@ -104,8 +106,8 @@
 //! fn what_next(error: &Error) -> &'static str {
 //!     match error {
 //!         Error::Conflict { .. } => "roll back; another worker runs this projection: stop, or read the offset again",
-//!         error if error.is_transient() => "roll back, wait a little, retry on a new connection from the offset that is stored",
-//!         _ => "stop and tell somebody: a retry does not help",
+//!         error if error.is_transient() => "roll back, pause, and retry on a new connection from the stored offset",
+//!         _ => "stop and alert an operator: a retry does not help",
 //!     }
 //! }
 //! # assert!(what_next(&Error::backend("save", "disk full")).starts_with("stop"));
@@ -114,13 +116,14 @@
 //! # A store of your own
 //!
 //! Implement the five required methods of [`CheckpointStore`]. Call [`validate_projection`], [`validate_offset`] and
-//! [`validate_advance`] first, so that it refuses what every store refuses. Then let `conformance::verify` try it,
-//! behind the feature `conformance`. `examples/redis_store.rs` is one over Redis.
+//! [`validate_advance`] first, so that your store refuses the same input as every other store. Report failures with
+//! [`Error::backend`], [`Error::unavailable`] and [`Error::conflict`]. Then run `conformance::verify`, which requires the
+//! feature `conformance`. For an example see `examples/redis_store.rs`.
 //!
 //! # From async code
 //!
-//! The `postgres` crate blocks, on a runtime of its own: called on a thread that drives an async runtime it panics.
-//! Hand the call to a thread that may block:
+//! The `postgres` crate blocks the calling thread and runs an async runtime of its own, so on a thread that drives an
+//! async runtime every operation of a [`PostgresCheckpointStore`] panics. Call it on a thread that may block:
 //!
 //! ```
 //! # use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
@@ -137,17 +140,16 @@
 //! # Ok::<(), checkpoint_store::Error>(())
 //! ```
 //!
-//! The last handle of a store, too, must be dropped on a thread that may block: at the end of `main`, outside of the
-//! runtime, say. In a program that is async throughout, another crate serves better.
+//! A store may be dropped on any thread. If the whole program is async, use another crate.
 //!
 //! # Features
 //!
 //! | Feature | Default | What it adds |
 //! |---|---|---|
 //! | `postgres` | yes | [`PostgresCheckpointStore`]; the crates `postgres`, `r2d2` and `r2d2_postgres` |
-//! | `conformance` | no | `conformance::verify`: the contract as code, for stores of your own |
+//! | `conformance` | no | `conformance::verify`, which tests a store of your own against the contract |
 //!
-//! Without any, the crate depends on `thiserror` alone.
+//! Without any feature, the crate depends on `thiserror` alone.
 
 #![cfg_attr(not(feature = "postgres"), allow(rustdoc::broken_intra_doc_links))]
 #![cfg_attr(docsrs, feature(doc_cfg))]
@@ -185,7 +187,7 @@ pub use watermark::Watermark;
 #[cfg(feature = "postgres")]
 pub use {postgres, r2d2, r2d2_postgres};
 
-/// The front page's code compiles.
+/// The code of the README compiles.
 #[cfg(all(doctest, feature = "postgres", feature = "conformance"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

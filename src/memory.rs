@@ -5,10 +5,10 @@ use std::time::SystemTime;
 use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
 
-/// A store in this process's memory, for tests and for read models that live in memory too.
+/// Checkpoints in the memory of this process, for tests and for read models that are in memory too.
 ///
-/// It gives the same answers and the same refusals as the PostgreSQL store, so that a test on it
-/// finds what PostgreSQL would refuse. It still works after a thread has panicked while using it.
+/// It returns the same results and refuses the same input as the PostgreSQL store, so that a test with it
+/// finds what PostgreSQL would refuse. It remains usable after a thread has panicked while using it.
 ///
 /// A clone is another handle on the same checkpoints. They are gone when the last handle is dropped.
 ///
@@ -41,7 +41,7 @@ impl Row {
 }
 
 impl MemoryCheckpointStore {
-    /// An empty store.
+    /// Creates an empty store.
     ///
     /// # Examples
     ///
@@ -56,13 +56,13 @@ impl MemoryCheckpointStore {
         Self::default()
     }
 
-    /// Nothing panics between two changes of the map, so a poisoned one is still whole.
+    /// Nothing panics while the map is half changed, so a poisoned one is consistent.
     fn rows(&self) -> MutexGuard<'_, HashMap<String, Row>> {
         self.rows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Allocates for a projection that is new, and for no other.
+/// Allocates only if the projection is new.
 fn put(rows: &mut HashMap<String, Row>, projection: &str, offset: i64) {
     let row = Row::now(offset);
     match rows.get_mut(projection) {
@@ -133,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_still_works_after_a_thread_has_panicked_in_it() {
+    fn it_remains_usable_after_a_thread_has_panicked_in_it() {
         let store = MemoryCheckpointStore::new();
         store.save("orders", 1).unwrap();
         std::thread::scope(|scope| {

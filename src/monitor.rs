@@ -3,10 +3,10 @@ use std::time::{Duration, SystemTime};
 
 use crate::{CheckpointStore, Result};
 
-/// Where a projection stands, compared with its stream: a row of a dashboard.
+/// A projection's progress compared with its stream: a row of a dashboard.
 ///
-/// Nothing is clamped. A checkpoint beyond the stream head, as after a restore from backup, has a
-/// negative lag and more than 100 percent.
+/// Nothing is clamped. If the checkpoint is beyond the stream head, for example after a restore from
+/// backup, the lag is negative and `percent_complete` is more than 100.
 ///
 /// # Examples
 ///
@@ -25,20 +25,20 @@ use crate::{CheckpointStore, Result};
 pub struct ProjectionStatus {
     /// The projection's name.
     pub projection: String,
-    /// The offset of the last event processed; 0 when there is no checkpoint.
+    /// The offset of the last event processed; 0 if there is no checkpoint.
     pub checkpoint: i64,
     /// The offset of the last event in the stream.
     pub stream_head: i64,
-    /// `stream_head - checkpoint`: how many events are to come, in a stream without gaps.
+    /// `stream_head - checkpoint`: the number of events still to process, if the stream has no gaps.
     pub lag: i64,
-    /// `checkpoint` as a share of `stream_head`; 100 when the stream is empty, its head at 0.
+    /// `checkpoint` in percent of `stream_head`; 100 if the stream is empty (its head is 0).
     pub percent_complete: f64,
-    /// When the checkpoint was last saved; `None` when there is none.
+    /// When the checkpoint was last saved; `None` if there is no checkpoint.
     pub updated_at: Option<SystemTime>,
 }
 
 impl ProjectionStatus {
-    /// The status of a projection that has no checkpoint.
+    /// Creates the status of a projection that has no checkpoint.
     ///
     /// # Examples
     ///
@@ -51,11 +51,11 @@ impl ProjectionStatus {
         Self::new(projection.into(), 0, stream_head, None)
     }
 
-    /// Reads the projection's checkpoint, and compares it with the stream head.
+    /// Reads the projection's checkpoint and compares it with the stream head.
     ///
-    /// The stream head is older than what this reads. On a busy stream a projection that has moved
-    /// on meanwhile then looks ahead of it. Where that matters, read the checkpoints first, then
-    /// ask for the stream head, and compare with [`Checkpoint::status`](crate::Checkpoint::status).
+    /// The stream head was read before the checkpoint, so on a busy stream a projection may appear to be
+    /// ahead of it. To avoid that, read the checkpoints first and the stream head afterwards, and compare
+    /// them with [`Checkpoint::status`](crate::Checkpoint::status).
     ///
     /// # Errors
     ///
@@ -92,7 +92,7 @@ impl ProjectionStatus {
     }
 }
 
-/// What a [`HealthCheck`] makes of a status. `Display` says it in a sentence.
+/// The result of a [`HealthCheck`]. `Display` writes it as a phrase.
 ///
 /// # Examples
 ///
@@ -106,34 +106,35 @@ impl ProjectionStatus {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Health {
-    /// Nothing is left to process.
+    /// All events are processed.
     CaughtUp,
-    /// Some events behind.
+    /// Some events are not processed yet.
     Lagging {
-        /// How many.
+        /// The number of events.
         lag: i64,
     },
-    /// As many events behind as the check calls critical, or more.
+    /// The lag has reached the [critical lag](HealthCheck::critical_lag).
     CriticallyLagging {
-        /// How many.
+        /// The number of events.
         lag: i64,
     },
-    /// Behind, and not saved for longer than the check allows.
+    /// The projection lags, and was not saved for longer than
+    /// [`stalled_after`](HealthCheck::stalled_after).
     Stalled {
-        /// How many events behind.
+        /// The number of events.
         lag: i64,
         /// The time since the last save.
         idle: Duration,
     },
-    /// Beyond the end of its stream: the wrong database, or one that was restored.
+    /// The checkpoint is beyond the stream head: this is the wrong database, or a restored one.
     AheadOfHead {
-        /// By how many events.
+        /// The number of events.
         by: i64,
     },
 }
 
 impl Health {
-    /// How bad that is: `CaughtUp` is healthy, `Lagging` degraded, anything else unhealthy.
+    /// Returns the severity: `CaughtUp` is healthy, `Lagging` is degraded, all others are unhealthy.
     ///
     /// # Examples
     ///
@@ -183,8 +184,8 @@ impl fmt::Display for Events {
     }
 }
 
-/// The three levels that load balancers and alerts know, from good to bad: the worst of several
-/// is their maximum.
+/// The severity of a [`Health`], for probes and alerts. The levels are ordered from good to bad, so the
+/// maximum of several is the worst.
 ///
 /// # Examples
 ///
@@ -197,11 +198,11 @@ impl fmt::Display for Events {
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum HealthLevel {
-    /// All is well.
+    /// No action is needed.
     Healthy,
-    /// It works, and somebody should look.
+    /// It works, but watch it.
     Degraded,
-    /// Somebody has to act.
+    /// An operator has to act.
     Unhealthy,
 }
 
@@ -215,7 +216,7 @@ impl fmt::Display for HealthLevel {
     }
 }
 
-/// Tells a healthy projection from one that lags, stalls or is out of place.
+/// Decides whether a projection is healthy, lags, is stalled, or is ahead of its stream.
 ///
 /// # Examples
 ///
@@ -242,7 +243,7 @@ impl Default for HealthCheck {
 }
 
 impl HealthCheck {
-    /// A check with the defaults: a lag of 1,000 events is critical, and no projection is stalled.
+    /// Creates a check with the defaults: a lag of 1,000 events is critical, and stalls are not detected.
     ///
     /// # Examples
     ///
@@ -254,7 +255,7 @@ impl HealthCheck {
         Self::default()
     }
 
-    /// The lag from which on a projection is critically lagging. The default is 1,000 events.
+    /// Sets the lag from which a projection is critically lagging. The default is 1,000 events.
     ///
     /// # Examples
     ///
@@ -267,13 +268,13 @@ impl HealthCheck {
         self
     }
 
-    /// How long a projection that lags may go without a save; after that it is stalled. Off by
-    /// default. Leave room for the cadence.
+    /// Sets how long a lagging projection may go without a save before it is stalled. Off by default.
+    /// Choose a time longer than the cadence of its saves.
     ///
-    /// Where a stream is quiet for longer than that, its next event makes the projection look
-    /// stalled until it is saved. Act on the second such report, or let an idle worker renew the
-    /// time of its save now and then: [`Checkpointer::renew`](crate::Checkpointer::renew), or
-    /// `advance` from its offset to the same offset.
+    /// If a stream has no events for longer than this time, its next event makes the projection appear
+    /// stalled until it is saved. Act on the second such report only, or let an idle worker renew
+    /// `updated_at` regularly with [`Checkpointer::renew`](crate::Checkpointer::renew), or with `advance`
+    /// from its offset to the same offset.
     ///
     /// # Examples
     ///
@@ -287,11 +288,11 @@ impl HealthCheck {
         self
     }
 
-    /// Judges a status at a point in time: `SystemTime::now()` where the clocks of this machine and
-    /// of the store agree. By as much as they differ, `idle` is wrong.
+    /// Assesses a status at the time `now`, in general `SystemTime::now()`. If the clocks of this machine and
+    /// of the store differ, `idle` is wrong by the difference.
     ///
-    /// A status that is both stalled and critically lagging is `Stalled`. One that was never saved
-    /// cannot be stalled, only lag. An `updated_at` after `now` counts as just saved.
+    /// A projection that is both stalled and critically lagging is `Stalled`. One that was never saved is
+    /// never `Stalled`. An `updated_at` later than `now` counts as just saved.
     ///
     /// # Examples
     ///

@@ -5,33 +5,14 @@ use std::time::{Duration, Instant};
 use crate::validate::{validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, Result};
 
-/// Remembers how far each projection has got.
-///
-/// This is a contract between those who call it and those who implement it;
-/// `conformance::verify`, behind the feature `conformance`, is the same contract as code, and every
-/// store of this crate passes it.
-///
-/// * **Offsets** are zero or more: the offset of the last event processed. A negative one is
-///   [`InvalidOffset`](crate::Error::InvalidOffset).
-/// * **Names** are 1 to 1,024 bytes of UTF-8 without NUL, compared byte by byte. Anything else is
-///   [`InvalidProjection`](crate::Error::InvalidProjection).
-/// * **Bad input changes nothing**: it is refused before the store is touched.
-/// * **Writes are durable** when the method returns `Ok`, as far as the store is durable at all,
-///   and visible to every later call on any handle of the same store.
-/// * **An error** means that nothing was written, except
-///   [`Unavailable`](crate::Error::Unavailable): there the outcome of a write is unknown, though
-///   never half of it.
-/// * **Threads** may share a store; each method is atomic on its own, except the provided
-///   `save_many`.
-///
-/// The trait is dyn-compatible, and implemented for `&T`, `Box<T>` and `Arc<T>`.
+/// Stores the checkpoint of each projection: the offset of the last event that it has processed.
 ///
 /// # Examples
 ///
 /// ```
 /// use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
 ///
-/// /// Handles what is new and remembers how far it came.
+/// /// Counts the words of new events, and saves how far it has read.
 /// fn catch_up(store: &dyn CheckpointStore, events: &[(i64, &str)]) -> checkpoint_store::Result<usize> {
 ///     let mut checkpoint = store.get("word-count")?;
 ///     let mut words = 0;
@@ -50,12 +31,31 @@ use crate::{Checkpoint, Result};
 /// assert_eq!(catch_up(&store, &[(1, "to be"), (2, "or not"), (3, "to be")])?, 2);
 /// # Ok::<(), checkpoint_store::Error>(())
 /// ```
+///
+/// # Contract
+///
+/// Every store keeps this contract. `conformance::verify`, which requires the feature `conformance`,
+/// tests it; the stores of this crate pass.
+///
+/// * **Offsets** are zero or more. A negative offset is
+///   [`InvalidOffset`](crate::Error::InvalidOffset).
+/// * **Names** are 1 to 1,024 bytes of UTF-8 without NUL, compared byte by byte. Any other name is
+///   [`InvalidProjection`](crate::Error::InvalidProjection).
+/// * **Invalid input** is refused before anything is read or written.
+/// * **Writes** are durable when the method returns `Ok`, as far as the store is durable at all, and
+///   visible to every later call on any handle on the same store.
+/// * **Errors** mean that nothing was written, except
+///   [`Unavailable`](crate::Error::Unavailable): the outcome of the write is then unknown, but it is
+///   never partial.
+/// * **Threads** may share a store. Each method is atomic, except the provided `save_many`.
+///
+/// The trait is dyn-compatible, and implemented for `&T`, `Box<T>` and `Arc<T>`.
 pub trait CheckpointStore: Send + Sync {
-    /// The projection's checkpoint, or `None` when there is none.
+    /// Returns the projection's checkpoint, or `None` if there is none.
     ///
     /// # Errors
     ///
-    /// [`InvalidProjection`](crate::Error::InvalidProjection), or what the store runs into.
+    /// [`InvalidProjection`](crate::Error::InvalidProjection), or an error of the store.
     ///
     /// # Examples
     ///
@@ -67,11 +67,11 @@ pub trait CheckpointStore: Send + Sync {
     /// ```
     fn find(&self, projection: &str) -> Result<Option<Checkpoint>>;
 
-    /// Every checkpoint, ordered by the bytes of the projection's name.
+    /// Returns all checkpoints, ordered by the bytes of the projection's name.
     ///
     /// # Errors
     ///
-    /// What the store runs into.
+    /// An error of the store.
     ///
     /// # Examples
     ///
@@ -85,15 +85,15 @@ pub trait CheckpointStore: Send + Sync {
     /// ```
     fn all(&self) -> Result<Vec<Checkpoint>>;
 
-    /// Sets the checkpoint, forwards or back, whatever it was, and the time of the save with it.
+    /// Sets the checkpoint unconditionally, forwards or back, and `updated_at` to the time of the save.
     ///
-    /// Of saves that run at once one is last, and that one stays. Where two workers might run the
-    /// same projection, use [`advance`](CheckpointStore::advance): it notices.
+    /// If several saves run at once, the last one to be executed wins. If two workers may run the same
+    /// projection, use [`advance`](CheckpointStore::advance), which detects the other one.
     ///
     /// # Errors
     ///
     /// [`InvalidProjection`](crate::Error::InvalidProjection),
-    /// [`InvalidOffset`](crate::Error::InvalidOffset), or what the store runs into.
+    /// [`InvalidOffset`](crate::Error::InvalidOffset), or an error of the store.
     ///
     /// # Examples
     ///
@@ -107,18 +107,18 @@ pub trait CheckpointStore: Send + Sync {
     /// ```
     fn save(&self, projection: &str, offset: i64) -> Result<()>;
 
-    /// Moves the checkpoint to `to`, only if it still is at `from`: compare-and-set.
+    /// Moves the checkpoint from `from` to `to` if it is still at `from` (compare-and-set).
     ///
-    /// `from` is what [`get`](CheckpointStore::get) returned, so 0 stands for "none, or stored 0".
-    /// Of any number of callers that advance from the same place exactly one succeeds. `to` may
-    /// equal `from`; that renews the time of the save.
+    /// `from` is what [`get`](CheckpointStore::get) returned, so 0 means that there is no checkpoint or
+    /// that it is at 0. When several callers advance from the same offset to a higher one, exactly one
+    /// succeeds. `to` may equal `from`: that only renews `updated_at`, and succeeds for every caller.
     ///
     /// # Errors
     ///
-    /// [`Conflict`](crate::Error::Conflict) with the offset found when it is not `from`, even when
-    /// it equals `to`: another worker has then done the same work, and yours must be rolled back.
-    /// [`InvalidOffset`](crate::Error::InvalidOffset) when `to < from` or either is negative;
-    /// [`InvalidProjection`](crate::Error::InvalidProjection); or what the store runs into.
+    /// [`Conflict`](crate::Error::Conflict), with the offset found, if the checkpoint is not at `from`.
+    /// This holds even if it is at `to`: another worker has done the same work, so roll yours back.
+    /// [`InvalidOffset`](crate::Error::InvalidOffset) if `to < from` or either is negative;
+    /// [`InvalidProjection`](crate::Error::InvalidProjection); or an error of the store.
     ///
     /// # Examples
     ///
@@ -132,11 +132,11 @@ pub trait CheckpointStore: Send + Sync {
     /// ```
     fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()>;
 
-    /// Forgets the projection, and says whether there was a checkpoint.
+    /// Deletes the projection's checkpoint. Returns whether there was one.
     ///
     /// # Errors
     ///
-    /// [`InvalidProjection`](crate::Error::InvalidProjection), or what the store runs into.
+    /// [`InvalidProjection`](crate::Error::InvalidProjection), or an error of the store.
     ///
     /// # Examples
     ///
@@ -150,10 +150,10 @@ pub trait CheckpointStore: Send + Sync {
     /// ```
     fn delete(&self, projection: &str) -> Result<bool>;
 
-    /// The projection's offset, 0 when there is none: read on from the event after it.
+    /// Returns the projection's offset, or 0 if there is no checkpoint. Read on from the event after it.
     ///
-    /// In a stream whose first event has offset 0 that event looks processed before it is. Save
-    /// `offset + 1` there, or tell the two apart with [`find`](CheckpointStore::find).
+    /// If the first event of the stream has offset 0, a result of 0 does not show whether that event was
+    /// processed. Save `offset + 1` then, or call [`find`](CheckpointStore::find) instead.
     ///
     /// # Errors
     ///
@@ -171,12 +171,11 @@ pub trait CheckpointStore: Send + Sync {
         Ok(self.find(projection)?.map_or(0, |checkpoint| checkpoint.offset))
     }
 
-    /// Saves several checkpoints; of a name given twice the last one stays. An empty slice does
-    /// nothing.
+    /// Saves several checkpoints. If a name is given more than once, its last offset is saved. An empty
+    /// slice does nothing.
     ///
-    /// The provided implementation checks all of them, then saves one by one: bad input changes
-    /// nothing, but when the store fails on the way the first ones are saved. The stores of this
-    /// crate save all or nothing.
+    /// The stores of this crate save all of them or none. The provided implementation validates all of
+    /// them, then saves one at a time: if the store fails, those before the failure are saved.
     ///
     /// # Errors
     ///
@@ -196,20 +195,20 @@ pub trait CheckpointStore: Send + Sync {
         checkpoints.iter().try_for_each(|&(projection, offset)| self.save(projection, offset))
     }
 
-    /// Waits until the checkpoint has reached `offset`, and says whether it has: `false` when
-    /// `timeout` is over.
+    /// Waits until the checkpoint has reached `offset`, and returns `true`. `false` means that the timeout
+    /// expired and the read model may be stale.
     ///
-    /// For reading one's own writes: append an event, wait for the projection, read the read model.
+    /// Use it to read your own writes: append an event, wait for the projection, query the read model.
     ///
-    /// The provided implementation asks [`get`](CheckpointStore::get) at once, and then again and
-    /// again: after 1 ms at first, then less often, up to every 50 ms. It asks at least once, also
-    /// with a time-out of zero. It can return later than the time-out by as long as one `get` takes.
+    /// The provided implementation polls [`get`](CheckpointStore::get): at once, after 1 ms, then at
+    /// intervals that double up to 50 ms. It polls at least once, even if the timeout is zero, and can
+    /// exceed the timeout by the time that one `get` takes.
     ///
     /// # Errors
     ///
     /// [`InvalidProjection`](crate::Error::InvalidProjection),
-    /// [`InvalidOffset`](crate::Error::InvalidOffset) when `offset` is negative, or the first error
-    /// of `get`.
+    /// [`InvalidOffset`](crate::Error::InvalidOffset) if `offset` is negative, or the first error of
+    /// `get`.
     ///
     /// # Examples
     ///
@@ -218,9 +217,9 @@ pub trait CheckpointStore: Send + Sync {
     /// use std::time::Duration;
     ///
     /// let store = MemoryCheckpointStore::new();
-    /// let appended = 42; // the offset of the event that this program has just appended
+    /// let appended = 42; // the offset of an event that this program has just appended
     /// std::thread::scope(|scope| {
-    ///     scope.spawn(|| store.save("orders", 42)); // the projection, elsewhere
+    ///     scope.spawn(|| store.save("orders", 42)); // the projection, in another thread
     ///     assert!(store.wait_for("orders", appended, Duration::from_secs(5))?);
     ///     assert!(!store.wait_for("orders", appended + 1, Duration::ZERO)?);
     ///     Ok::<(), checkpoint_store::Error>(())
@@ -234,7 +233,7 @@ pub trait CheckpointStore: Send + Sync {
     }
 }
 
-/// Asks at once, and then again and again until the answer is yes or the time is over.
+/// Polls until the answer is yes or the timeout has expired.
 pub(crate) fn poll(timeout: Duration, mut ask: impl FnMut() -> Result<bool>) -> Result<bool> {
     const FIRST_PAUSE: Duration = Duration::from_millis(1);
     const LONGEST_PAUSE: Duration = Duration::from_millis(50);

@@ -4,8 +4,7 @@ const MAX_NAME_BYTES: usize = 1_024;
 
 /// Checks a projection's name: 1 to 1,024 bytes of UTF-8, without NUL.
 ///
-/// Every store of this crate refuses the same names; a custom store calls this first in each
-/// method that takes one.
+/// All stores refuse the same names. A custom store calls this first in each method that takes a name.
 ///
 /// # Errors
 ///
@@ -38,7 +37,7 @@ pub fn validate_projection(name: &str) -> Result<()> {
 ///
 /// # Errors
 ///
-/// [`Error::InvalidOffset`] when it is negative.
+/// [`Error::InvalidOffset`] if it is negative.
 ///
 /// # Examples
 ///
@@ -50,17 +49,17 @@ pub fn validate_projection(name: &str) -> Result<()> {
 /// ```
 pub fn validate_offset(offset: i64) -> Result<()> {
     if offset < 0 {
-        return Err(Error::InvalidOffset { offset, reason: "an offset is zero or more" });
+        return Err(Error::InvalidOffset { offset, reason: "an offset must not be negative" });
     }
     Ok(())
 }
 
-/// Checks what is asked of an [`advance`](crate::CheckpointStore::advance): the name, both offsets,
-/// and that it does not go back.
+/// Checks the arguments of [`advance`](crate::CheckpointStore::advance): the name, both offsets, and
+/// that `to` is not less than `from`.
 ///
 /// # Errors
 ///
-/// [`Error::InvalidProjection`]; [`Error::InvalidOffset`] when either offset is negative or `to` is
+/// [`Error::InvalidProjection`]; [`Error::InvalidOffset`] if either offset is negative or `to` is
 /// less than `from`.
 ///
 /// # Examples
@@ -77,12 +76,15 @@ pub fn validate_advance(projection: &str, from: i64, to: i64) -> Result<()> {
     validate_offset(from)?;
     validate_offset(to)?;
     if to < from {
-        return Err(Error::InvalidOffset { offset: to, reason: "an advance does not go back" });
+        return Err(Error::InvalidOffset {
+            offset: to,
+            reason: "`advance` cannot move a checkpoint back",
+        });
     }
     Ok(())
 }
 
-/// What every store checks before a `save_many`, so that it is all or nothing for bad input.
+/// Checks the arguments of `save_many`, so that invalid input changes nothing.
 pub(crate) fn validate_all(checkpoints: &[(&str, i64)]) -> Result<()> {
     checkpoints.iter().try_for_each(|&(projection, offset)| {
         validate_projection(projection)?;
@@ -101,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn an_advance_may_stand_still_but_not_go_back() {
+    fn advance_accepts_the_same_offset_and_refuses_a_lower_one() {
         assert!(validate_advance("p", 5, 5).is_ok());
         assert!(matches!(validate_advance("p", 5, 4), Err(Error::InvalidOffset { offset: 4, .. })));
         assert!(matches!(

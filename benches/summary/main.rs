@@ -1,8 +1,8 @@
-//! The ratios that this crate promises, as one table, and the table from which a cadence is chosen.
+//! Prints the ratios that this crate is to keep in one table, and a table for the choice of a cadence.
 //!
-//! What is compared takes turns, so that what the machine does meanwhile hits both sides alike.
-//! `cargo bench --bench summary -- --svg benches/saves.svg` draws a picture too; with names of parts,
-//! `-- threads memory` say, it measures only those.
+//! The variants are interleaved, so that other load on the machine affects all of them alike. With
+//! `-- --svg benches/saves.svg` it also draws two pictures: this one, and `threads.svg` beside it. With
+//! names of parts, such as `-- threads memory`, it measures only those.
 
 #![allow(clippy::cast_precision_loss, reason = "no number here is that large")]
 
@@ -17,7 +17,9 @@ mod project;
 mod report;
 mod wake;
 
+use std::fs;
 use std::hint::black_box;
+use std::path::Path;
 
 use checkpoint_store::{CheckpointStore, MemoryCheckpointStore};
 
@@ -103,8 +105,14 @@ fn main() {
     }
     let drawn = (argument_after("--svg"), saves, threads, checkpointers);
     if let (Some(path), Some([durable, _]), Some(threads), Some(checkpointers)) = drawn {
-        let picture = picture::draw(&durable, &threads, &checkpointers);
-        std::fs::write(&path, picture).unwrap_or_else(|error| panic!("{path}: {error}"));
+        let path = Path::new(&path);
+        let pictures = [
+            (path.to_owned(), picture::saves(&durable)),
+            (path.with_file_name("threads.svg"), picture::threads(&threads, &checkpointers)),
+        ];
+        for (path, picture) in pictures {
+            fs::write(&path, picture).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        }
     }
 }
 

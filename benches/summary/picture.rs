@@ -3,33 +3,45 @@ use std::fmt::Write;
 use crate::group::{self, PLAIN};
 use crate::paired::Measured;
 use crate::report::{duration, thousands};
-use crate::support::{BARE_PREPARED, BARE_TYPED, BY_HAND, GROUPED, OURS, PREPARED, ROUND_TRIP};
+use crate::support::{BARE_PREPARED, BARE_TYPED, BY_HAND, GROUPED, OURS, PREPARED};
 use crate::{GROUPED_PREPARED, PGBENCH, threads_word};
 
-/// A name and how much it is.
+/// A name and its value.
 type Bar = (String, f64);
 
 const WIDTH: f64 = 760.0;
 const BAR: f64 = 20.0;
 const STEP: f64 = 28.0;
-/// Where the bars begin, and how long the longest is.
+/// Where the bars begin, and the length of the longest.
 const LEFT: f64 = 210.0;
 const LONGEST: f64 = 450.0;
 
-/// Two bar charts, one beneath the other, that can be read on a light and on a dark page.
-pub(crate) fn draw(
-    saves: &Measured,
+const THIS_CRATE: &str = "this crate";
+
+/// How long one durable save takes. For the front page, so its names need no explanation.
+pub(crate) fn saves(saves: &Measured) -> String {
+    let mut chart = Chart { svg: String::new(), y: 0.0 };
+    chart.title("One durable save, median time; shorter is better");
+    let prepared = format!("{THIS_CRATE}, prepared");
+    let bars: Vec<Bar> = [
+        (BY_HAND, "by hand"),
+        (OURS, THIS_CRATE),
+        (BARE_TYPED, "statement alone"),
+        (PREPARED, &prepared),
+        (BARE_PREPARED, "statement alone, prepared"),
+    ]
+    .map(|(measured, name)| (name.to_owned(), saves.seconds(measured)))
+    .to_vec();
+    chart.bars(&bars, largest(&bars), duration);
+    chart.finish("How long one durable save takes")
+}
+
+/// How many durable saves several threads complete in a second.
+pub(crate) fn threads(
     threads: &[(usize, Measured)],
     checkpointers: &[(usize, Measured)],
 ) -> String {
     let mut chart = Chart { svg: String::new(), y: 0.0 };
-    chart.title("One durable save, median; shorter is better");
-    let bars: Vec<Bar> = [BY_HAND, OURS, BARE_TYPED, PREPARED, BARE_PREPARED, ROUND_TRIP]
-        .iter()
-        .map(|&name| (name.to_owned(), saves.seconds(name)))
-        .collect();
-    chart.bars(&bars, largest(&bars), duration);
-
     chart.title("Durable saves per second by threads on 8 connections; longer is better");
     let groups: Vec<(usize, Vec<Bar>)> = threads
         .iter()
@@ -68,7 +80,7 @@ pub(crate) fn draw(
         chart.subtitle(&threads_word(*count));
         chart.bars(bars, most, |rate| format!("{}/s", thousands(rate)));
     }
-    chart.finish()
+    chart.finish("How many durable saves several threads complete in a second")
 }
 
 fn largest(bars: &[Bar]) -> f64 {
@@ -95,8 +107,8 @@ impl Chart {
 
     fn bars(&mut self, bars: &[Bar], full: f64, label: impl Fn(f64) -> String) {
         for (name, value) in bars {
-            let ours = name.starts_with(OURS) || name.starts_with(PLAIN);
-            let class = if ours { "ours" } else { "other" };
+            let is_ours = [THIS_CRATE, OURS, PLAIN].iter().any(|ours| name.starts_with(ours));
+            let class = if is_ours { "ours" } else { "other" };
             let length = LONGEST * value / full;
             let middle = self.y + BAR * 0.75;
             self.text("name", LEFT - 10.0, middle, name);
@@ -115,13 +127,13 @@ impl Chart {
     }
 
     fn line(&mut self, line: &str) {
-        writeln!(self.svg, "  {line}").expect("a string takes it");
+        writeln!(self.svg, "  {line}").expect("writing to a string succeeds");
     }
 
-    fn finish(self) -> String {
+    fn finish(self, label: &str) -> String {
         let height = self.y + 12.0;
         format!(
-            r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" aria-label="How long a durable save takes, and how many of them threads get done in a second">
+            r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" aria-label="{label}">
   <style>
     text {{ font: 13px system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; fill: #1f2328; }}
     .title {{ font-weight: 600; font-size: 15px; }}

@@ -157,9 +157,15 @@ fn assert_found(store: &dyn CheckpointStore, promise: &str) {
 fn a_store_that_drops_some_saves_is_found() {
     type Save = fn(&Broken, &str, i64) -> Result<()>;
     let saves: [(Save, &str); 3] = [
-        (|this, name, offset| drop_one_in(2, this, name, offset), "was saved, and is not found"),
-        (|this, name, offset| drop_one_in(10, this, name, offset), "what was saved, each time"),
-        (|this, name, offset| drop_one_in(97, this, name, offset), "what was saved, each time"),
+        (|this, name, offset| drop_one_in(2, this, name, offset), "must return a saved checkpoint"),
+        (
+            |this, name, offset| drop_one_in(10, this, name, offset),
+            "the offset that was saved last",
+        ),
+        (
+            |this, name, offset| drop_one_in(97, this, name, offset),
+            "the offset that was saved last",
+        ),
     ];
     for (save, promise) in saves {
         assert_found(&Broken { save, ..Broken::default() }, promise);
@@ -195,7 +201,7 @@ fn an_advance_that_looks_and_writes_without_holding_on_is_found() {
     };
     let verdict = verdict(&store);
     assert!(
-        verdict.contains("exactly one succeeds") || verdict.contains("no rival's step is lost"),
+        verdict.contains("exactly one must succeed") || verdict.contains("no step is lost"),
         "{verdict}"
     );
 }
@@ -234,7 +240,7 @@ fn invalid_names_that_are_taken_are_found() {
         },
         ..Broken::default()
     };
-    assert_found(&store, "find refuses the name");
+    assert_found(&store, "find must refuse the name");
     let store = Broken {
         save: |this, projection, offset| match validate_projection(projection) {
             Ok(()) => this.memory.save(projection, offset),
@@ -242,7 +248,7 @@ fn invalid_names_that_are_taken_are_found() {
         },
         ..Broken::default()
     };
-    assert_found(&store, "save refuses the name");
+    assert_found(&store, "save must refuse the name");
     let store = Broken {
         delete: |this, projection| match validate_projection(projection) {
             Ok(()) => this.memory.delete(projection),
@@ -250,7 +256,7 @@ fn invalid_names_that_are_taken_are_found() {
         },
         ..Broken::default()
     };
-    assert_found(&store, "delete refuses the name");
+    assert_found(&store, "delete must refuse the name");
 }
 
 #[test]
@@ -259,7 +265,7 @@ fn invalid_offsets_that_are_taken_are_found() {
         save: |this, projection, offset| this.memory.save(projection, offset.max(0)),
         ..Broken::default()
     };
-    assert_found(&store, "save refuses bad offsets");
+    assert_found(&store, "save must refuse invalid offsets");
     let store = Broken {
         advance: |this, projection, from, to| {
             if to < from {
@@ -269,7 +275,7 @@ fn invalid_offsets_that_are_taken_are_found() {
         },
         ..Broken::default()
     };
-    assert_found(&store, "advance refuses bad offsets");
+    assert_found(&store, "advance must refuse invalid offsets");
 }
 
 #[test]
@@ -278,7 +284,7 @@ fn a_delete_that_always_says_true_is_found() {
         delete: |this, projection| this.memory.delete(projection).map(|_| true),
         ..Broken::default()
     };
-    assert_found(&store, "delete says false when there was no checkpoint");
+    assert_found(&store, "delete must return false if there was no checkpoint");
 }
 
 #[test]
@@ -291,7 +297,7 @@ fn a_time_that_stands_still_is_found() {
         all: |this| Ok(this.memory.all()?.into_iter().map(still).collect()),
         ..Broken::default()
     };
-    assert_found(&store, "updated_at is the moment of the last save");
+    assert_found(&store, "save must renew updated_at");
 }
 
 #[test]
@@ -303,7 +309,10 @@ fn a_save_of_the_same_offset_that_does_not_renew_its_time_is_found() {
             _ => this.memory.save(name, offset),
         }
     };
-    assert_found(&Broken { save: lazy_save, ..Broken::default() }, "the last save, of the same");
+    assert_found(
+        &Broken { save: lazy_save, ..Broken::default() },
+        "save must renew updated_at, even if the offset stays the same",
+    );
     let store = Broken {
         advance: |this, name, from, to| match this.memory.get(name) {
             Ok(found) if found == from && from == to && from > 0 => Ok(()),
@@ -311,7 +320,7 @@ fn a_save_of_the_same_offset_that_does_not_renew_its_time_is_found() {
         },
         ..Broken::default()
     };
-    assert_found(&store, "the last advance, of the same");
+    assert_found(&store, "advance must renew updated_at, even if the offset stays the same");
     let store = Broken {
         save_many: |this, checkpoints| match checkpoints {
             [(name, offset)] if this.memory.get(name).is_ok_and(|found| found == *offset) => Ok(()),
@@ -319,7 +328,7 @@ fn a_save_of_the_same_offset_that_does_not_renew_its_time_is_found() {
         },
         ..Broken::default()
     };
-    assert_found(&store, "the last save_many, of the same");
+    assert_found(&store, "save_many must renew updated_at, even if the offset stays the same");
 }
 
 #[test]
@@ -334,14 +343,14 @@ fn what_is_cut_short_is_found() {
             },
             ..Broken::default()
         };
-        assert_found(&store, "all lists every one of many");
+        assert_found(&store, "all must return each of many");
         let store = Broken {
             save_many: |this, checkpoints| {
                 this.memory.save_many(&checkpoints[..checkpoints.len().min(LIMIT.get())])
             },
             ..Broken::default()
         };
-        assert_found(&store, "save_many saves every one of many");
+        assert_found(&store, "save_many must save each of many");
     }
 }
 
@@ -369,7 +378,7 @@ fn a_save_many_of_many_that_is_not_all_of_them_is_found() {
     };
     for save_many in [of_pages, only_creates] {
         let store = Broken { save_many, ..Broken::default() };
-        assert_found(&store, "save_many saves every one of many");
+        assert_found(&store, "save_many must save each of many");
     }
 }
 
@@ -385,7 +394,7 @@ fn a_list_whose_pages_are_in_no_order_is_found() {
         },
         ..Broken::default()
     };
-    assert_found(&store, "however many there are");
+    assert_found(&store, "all must order many checkpoints");
 }
 
 /// Between the look and the write of a store that is not in this process.
@@ -412,7 +421,7 @@ fn deletes_that_are_both_told_true_are_found() {
         },
         ..Broken::default()
     };
-    assert_found_each_time(broken, &["exactly one is told true"]);
+    assert_found_each_time(broken, &["exactly one must get true"]);
 }
 
 #[test]
@@ -431,7 +440,7 @@ fn a_save_that_writes_all_rows_as_it_has_read_them_is_found() {
         },
         ..Broken::default()
     };
-    assert_found_each_time(broken, &["no save is lost", "is seen by the next get of its thread"]);
+    assert_found_each_time(broken, &["no save may be lost", "must be visible to the next get"]);
 }
 
 /// An `advance` that is atomic among its like, and looks before it writes.
@@ -463,7 +472,7 @@ fn an_advance_that_takes_no_turns_with_some_other_operation_is_found() {
                 },
                 ..Broken::default()
             },
-            "an advance does not undo a save that came before it",
+            "an advance must not undo an earlier save:",
         ),
         (
             || Broken {
@@ -477,7 +486,7 @@ fn an_advance_that_takes_no_turns_with_some_other_operation_is_found() {
                 },
                 ..Broken::default()
             },
-            "an advance does not undo a save_many that came before it",
+            "an advance must not undo an earlier save_many:",
         ),
         (
             || Broken {
@@ -491,14 +500,14 @@ fn an_advance_that_takes_no_turns_with_some_other_operation_is_found() {
                 },
                 ..Broken::default()
             },
-            "an advance does not undo a delete that came before it",
+            "an advance must not undo an earlier delete:",
         ),
     ];
     for (broken, promise) in kinds {
         for _ in 0..5 {
             let store = Broken { advance: advance_in_turn, ..broken() };
             let verdict = verdict(&store);
-            let by_its_count = "exactly one is told true";
+            let by_its_count = "exactly one must get true";
             assert!(verdict.contains(promise) || verdict.contains(by_its_count), "{verdict}");
         }
     }
@@ -523,7 +532,7 @@ fn an_advance_from_nothing_that_overwrites_a_save_is_found() {
         },
         ..Broken::default()
     };
-    assert_found_each_time(broken, &["does not undo a save", "exactly one is told true"]);
+    assert_found_each_time(broken, &["must not undo an earlier save", "exactly one must get true"]);
 }
 
 #[test]
@@ -532,24 +541,24 @@ fn a_wait_that_is_none_or_too_long_is_found() {
     let waits: [(WaitFor, &str); 6] = [
         (
             |this, name, offset, _| this.memory.wait_for(name, offset, Duration::ZERO),
-            "until the time is over",
+            "must wait until the timeout expires",
         ),
         (
             |this, name, offset, timeout| {
                 Ok(this.memory.wait_for(name, offset, timeout)? && !timeout.is_zero())
             },
-            "every checkpoint has reached 0",
+            "must return true for offset 0",
         ),
         (
             |this, name, offset, timeout| this.memory.wait_for(name, offset, timeout).map(|_| true),
-            "says false",
+            "must return false",
         ),
         (
             |this, name, offset, timeout| {
                 let there = this.memory.get(name)? == offset;
                 Ok(this.memory.wait_for(name, offset, timeout)? && there)
             },
-            "says true for what is there",
+            "must return true for an offset that is reached",
         ),
         (
             |this, name, offset, timeout| {
@@ -557,11 +566,11 @@ fn a_wait_that_is_none_or_too_long_is_found() {
                 std::thread::sleep(timeout.min(at_most));
                 this.memory.wait_for(name, offset, Duration::ZERO)
             },
-            "does not wait for what is there",
+            "must not wait for an offset that is reached",
         ),
         (
             |this, name, offset, _| this.memory.wait_for(name, offset, Duration::MAX),
-            "says false when the time is over",
+            "must return false when the timeout expires",
         ),
     ];
     for (wait_for, promise) in waits {
@@ -577,7 +586,7 @@ fn a_save_many_that_saves_what_comes_before_invalid_input_is_found() {
         },
         ..Broken::default()
     };
-    assert_found(&store, "bad input changes nothing");
+    assert_found(&store, "invalid input must change nothing");
 }
 
 #[test]
@@ -590,7 +599,7 @@ fn a_save_many_that_keeps_the_first_of_a_name_given_twice_is_found() {
         },
         ..Broken::default()
     };
-    assert_found(&store, "the last one stays");
+    assert_found(&store, "must keep the last offset of a repeated name");
 }
 
 #[test]
@@ -602,7 +611,7 @@ fn an_advance_from_an_offset_that_is_not_there_is_found() {
         },
         ..Broken::default()
     };
-    assert_found(&store, "from an offset that is not there is a Conflict");
+    assert_found(&store, "must be a Conflict if there is no checkpoint");
 }
 
 #[test]
@@ -614,12 +623,12 @@ fn an_advance_that_is_content_with_the_result_is_found() {
         },
         ..Broken::default()
     };
-    assert_found(&store, "even when the checkpoint is where it was to go");
+    assert_found(&store, "even if the checkpoint is already at the new offset");
 }
 
 #[test]
 fn a_store_that_is_not_empty_is_refused() {
     let store = Broken::default();
     store.memory.save("left over", 1).expect("a save");
-    assert_found(&store, "not empty");
+    assert_found(&store, "must be empty before the test");
 }

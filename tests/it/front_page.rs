@@ -225,9 +225,9 @@ fn four_crates_come_with_it_and_one_without_features() {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn the_front_page_says_how_many_crates_they_bring_in_all() {
+fn the_front_page_states_the_total_number_of_dependencies() {
     let all = dependencies(&["--format={p}"]).len(); // two versions of one crate are two
-    assert!(README.contains(&format!("brings {all} on Linux")), "it is {all}");
+    assert!(README.contains(&format!("{all} in total on Linux")), "it is {all}");
 }
 
 fn dependencies(arguments: &[&str]) -> Vec<String> {
