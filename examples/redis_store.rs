@@ -134,9 +134,8 @@ impl RedisCheckpointStore {
     ///
     /// # Errors
     ///
-    /// [`Error::InvalidIdentifier`] when the prefix is empty or contains a brace,
-    /// [`Error::Unavailable`] when nothing answers at the URL, [`Error::Backend`] when the URL cannot
-    /// be read or the login is refused.
+    /// [`Error::Unavailable`] if nothing answers at the URL; [`Error::Backend`] if the prefix is empty or
+    /// contains a brace, the URL cannot be read, or the login is refused.
     pub fn connect(url: &str, prefix: &str) -> Result<Self> {
         if prefix.is_empty() || prefix.contains(['{', '}']) {
             return Err(Error::backend("connect", "a key prefix is not empty and has no braces"));

@@ -16,9 +16,9 @@ SELECT class.relkind::pg_catalog.text AS kind,
        attribute.attnotnull AND NOT EXISTS (
            SELECT
            FROM pg_catalog.pg_constraint
-           WHERE pg_constraint.conrelid = class.oid
-             AND pg_constraint.contype = 'n'
-             AND pg_constraint.conkey[1] = attribute.attnum
+           WHERE pg_constraint.conrelid OPERATOR(pg_catalog.=) class.oid
+             AND pg_constraint.contype OPERATOR(pg_catalog.=) 'n'
+             AND pg_constraint.conkey[1] OPERATOR(pg_catalog.=) attribute.attnum
              AND NOT pg_constraint.convalidated
        ) AS never_null,
        ARRAY(

@@ -160,7 +160,7 @@ impl Error {
     /// use checkpoint_store::Error;
     ///
     /// let error = Error::unavailable("save", std::io::Error::other("connection reset"));
-    /// assert_eq!(error.to_string(), "save failed, the checkpoint store is not available");
+    /// assert_eq!(error.to_string(), "the checkpoint store is not available: save");
     /// assert!(error.is_transient());
     /// ```
     pub fn unavailable(operation: &'static str, source: impl Into<Source>) -> Self {
@@ -349,7 +349,7 @@ fn unavailable(operation: &str) -> String {
     match operation {
         CALLERS_STATEMENT => "the connection was lost during a statement of the caller".to_owned(),
         CALLERS_POOL => "the caller's pool returned no connection".to_owned(),
-        _ => format!("{operation} failed, the checkpoint store is not available"),
+        _ => format!("the checkpoint store is not available: {operation}"),
     }
 }
 

@@ -46,8 +46,7 @@ fn a_server_that_is_away_fails_at_begin_in_time() {
         let error = store.project("orders", apply).unwrap_err();
         assert!(started.elapsed() < TIMEOUT + Duration::from_secs(10), "{:?}", started.elapsed());
         assert!(matches!(error, Error::Unavailable { operation: "begin", .. }), "{error:?}");
-        let told =
-            "begin failed, the checkpoint store is not available: projection \"orders\" in table";
+        let told = "the checkpoint store is not available: begin: projection \"orders\" in table";
         assert!(error.to_string().starts_with(told), "{error}");
         assert!(error.is_transient());
     }
