@@ -264,8 +264,8 @@ impl PostgresCheckpointStore {
                 }
                 Err(failed) => failed,
             };
-            if attempt.in_doubt.is_none() {
-                retries.end_of_doubt();
+            if attempt.in_doubt.is_none() || matches!(failed, Failed::InDoubt(_)) {
+                retries.end_of_doubt(subject);
             }
             // However long the closure has run: the time to retry begins with the first failure.
             if !retries.has_failed() {
@@ -299,7 +299,7 @@ impl PostgresCheckpointStore {
                     drop(client);
                     (error, Next::Reconnect)
                 }
-                Failed::LostInClosure(error) => (attempt.explain(error), Next::Fail),
+                Failed::LostInClosure(error) => return Err(attempt.explain(retries.last(error))),
                 Failed::RolledBackInClosure(error) => {
                     drop(client);
                     (error, Next::Repeat)
