@@ -560,6 +560,35 @@ fn a_checkpoint_that_a_rival_creates_while_the_closure_runs_is_not_overwritten()
     }
 }
 
+/// The save has found a rival, and nothing was committed.
+#[test]
+fn a_connection_that_is_lost_after_the_save_has_found_a_rival_is_no_error() {
+    for tries in [false, true] {
+        let schema = Schema::new();
+        let proxy = Proxy::to(harness::server().port());
+        let store = PostgresCheckpointStore::builder()
+            .schema(&schema.name)
+            .connect(&proxy.params())
+            .unwrap();
+        let mut seen = Vec::new();
+        let mut apply = |_: &mut Transaction<'_>, offset| {
+            if seen.is_empty() {
+                schema.store.save("orders", 5)?;
+                proxy.cut("COMMIT", Cut::AfterTheAnswer);
+            }
+            seen.push(offset);
+            Ok(Some(offset + 1))
+        };
+        if tries {
+            assert_eq!(store.try_project("orders", &mut apply).unwrap(), Batch::Committed(6));
+        } else {
+            assert_eq!(store.project("orders", &mut apply).unwrap(), Some(6));
+        }
+        assert!(!proxy.disarm());
+        assert_eq!(seen, [0, 5]);
+    }
+}
+
 /// Its transaction is open when the closure ends, so the save waits for it.
 #[test]
 fn a_checkpoint_that_a_rival_is_creating_is_waited_for() {
