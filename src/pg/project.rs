@@ -264,8 +264,8 @@ impl PostgresCheckpointStore {
                 }
                 Err(failed) => failed,
             };
-            if attempt.in_doubt.is_none() {
-                retries.end_of_doubt();
+            if attempt.in_doubt.is_none() || matches!(failed, Failed::InDoubt(_)) {
+                retries.end_of_doubt(subject);
             }
             // However long the closure has run: the time to retry begins with the first failure.
             if !retries.has_failed() {
@@ -299,7 +299,7 @@ impl PostgresCheckpointStore {
                     drop(client);
                     (error, Next::Reconnect)
                 }
-                Failed::LostInClosure(error) => (attempt.explain(error), Next::Fail),
+                Failed::LostInClosure(error) => return Err(attempt.explain(retries.last(error))),
                 Failed::RolledBackInClosure(error) => {
                     drop(client);
                     (error, Next::Repeat)
@@ -439,7 +439,9 @@ impl<'a> Attempt<'a> {
         self.ran = began.elapsed();
         let applied = applied.map_err(|error| match class_of(&error) {
             Some(ErrorClass::RolledBack) => Failed::RolledBackInClosure(error),
-            Some(ErrorClass::ReadOnly) if is_aborted(&mut tx) => Failed::ReadOnlyInClosure(error),
+            Some(ErrorClass::ReadOnly) if is_aborted(&mut tx).unwrap_or(false) => {
+                Failed::ReadOnlyInClosure(error)
+            }
             _ => Failed::InClosure(error),
         })?;
         let Some(to) = applied else {
@@ -467,7 +469,7 @@ impl<'a> Attempt<'a> {
             return Err(Failed::InDoubt(cause));
         }
         // After a COMMIT that failed there is no transaction any more.
-        let step = if is_aborted(&mut tx) { "save" } else { "commit" };
+        let step = if is_aborted(&mut tx).map_err(at("save"))? { "save" } else { "commit" };
         Err(self.not_finished(step, row, cause))
     }
 
@@ -569,9 +571,11 @@ fn class_of(error: &Error) -> Option<ErrorClass> {
 }
 
 /// Whether a statement has failed in this very transaction: the closure may use other ones too.
-fn is_aborted(tx: &mut Transaction<'_>) -> bool {
-    let probe = tx.batch_execute("SELECT");
-    probe.is_err_and(|error| error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION))
+fn is_aborted(tx: &mut Transaction<'_>) -> Outcome<bool> {
+    match tx.batch_execute("SELECT") {
+        Err(error) if error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => Ok(true),
+        probed => Ok(probed.map(|()| false)?),
+    }
 }
 
 /// The time limit of the session's that is shorter than the closure has run.

@@ -136,8 +136,17 @@ impl<'a> Retries<'a> {
         Ok(pause.min(left))
     }
 
-    pub(crate) fn end_of_doubt(&mut self) {
-        self.in_doubt = None;
+    /// The COMMIT in doubt is known not to have been executed, so its error says no more than why the
+    /// connection was lost.
+    pub(crate) fn end_of_doubt(&mut self, subject: impl fmt::Display) {
+        let Some(Error::Unavailable { source, transient, .. }) = self.in_doubt.take() else {
+            return;
+        };
+        let subject = Some(subject.to_string());
+        let error = Error::Unavailable { operation: "save", subject, source, transient };
+        if is_explained(&error) {
+            self.explained = Some(error);
+        }
     }
 
     /// The error of a call that ends because there is no connection. What the server has said before, or why
@@ -154,7 +163,7 @@ impl<'a> Retries<'a> {
 
     /// The error of a call that ends with this one. It says whether something was written, so that no
     /// error of another kind can take its place.
-    fn last(&mut self, error: Error) -> Error {
+    pub(crate) fn last(&mut self, error: Error) -> Error {
         if let Some(in_doubt) = self.in_doubt.take() {
             return in_doubt;
         }

@@ -175,10 +175,11 @@ impl Drop for Stopped {
     }
 }
 
+type Use = fn(&mut PooledClient);
+
 #[test]
 fn a_drop_does_not_wait_for_a_backend_that_is_stopped() {
     let server = Server::start(Options::fast());
-    type Use = fn(&mut PooledClient);
     let uses: [(&str, Use); 3] = [
         ("typed", |client| drop(client.query_typed("SELECT 1", &[]).unwrap())),
         ("untyped", |client| drop(client.query_one("SELECT 1", &[]).unwrap())),
@@ -289,6 +290,9 @@ fn all_places_are_there(store: &PostgresCheckpointStore, size: u32) {
     assert!(store.project("orders", |_, at| Ok(Some(at + 1))).unwrap().is_some());
 }
 
+/// The `connection_timeout` of stores that cannot connect.
+const TIMEOUT: Duration = Duration::from_secs(1);
+
 #[test]
 fn without_threads_a_store_is_unavailable_and_works_again_with_them() {
     let Ok(params) = std::env::var(PARAMS) else {
@@ -296,7 +300,6 @@ fn without_threads_a_store_is_unavailable_and_works_again_with_them() {
         let (mut program, _guard) = as_a_user_of_its_own(test);
         return run_by_itself(&mut program, &harness::fresh_database());
     };
-    const TIMEOUT: Duration = Duration::from_secs(1);
     let panics = count_panics();
     let mut admin = harness::client(&params);
     for size in 1..=3 {
@@ -320,7 +323,7 @@ fn without_threads_a_store_is_unavailable_and_works_again_with_them() {
                     assert!(error.is_transient(), "{error:?}");
                     println!("{}", error.report());
                 }
-                store.project("orders", |_, at| Ok(Some(at + 1))).map(drop).unwrap_or(());
+                store.project("orders", |_, at| Ok(Some(at + 1))).map_or((), drop);
             }
             drop(none);
             all_places_are_there(store, size);
@@ -345,7 +348,7 @@ fn without_threads_connections_are_discarded_and_dropped_and_a_connect_fails() {
         client.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").unwrap_err();
         drop(client);
         drop(other);
-        store.get("orders").map(drop).unwrap_or(());
+        store.get("orders").map_or((), drop);
         drop(none);
         all_places_are_there(&store, 2);
         let none = NoThreads::begin();

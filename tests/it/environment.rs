@@ -567,8 +567,7 @@ fn an_advance_against_rivals_that_delete_never_names_a_wrong_cause() {
                         continue;
                     }
                     match store.advance("orders", 0, 1) {
-                        Ok(()) => {}
-                        Err(Error::Conflict { expected: 0, found: 1, .. }) => {}
+                        Ok(()) | Err(Error::Conflict { expected: 0, found: 1, .. }) => {}
                         Err(error) => {
                             let told = chain(&error);
                             assert!(error.is_transient(), "{told}");
@@ -657,6 +656,36 @@ fn a_checkpoint_that_a_rival_creates_while_the_closure_runs_is_not_overwritten()
             assert_eq!(seen, [0, 5], "{isolation}");
             assert_eq!((applied(&schema), store.get("orders").unwrap()), (vec![6], 6));
         }
+    }
+}
+
+/// The save has found a rival, and nothing was committed.
+#[test]
+fn a_connection_that_is_lost_after_the_save_has_found_a_rival_is_no_error() {
+    for tries in [false, true] {
+        let schema = Schema::new();
+        let proxy = Proxy::to(harness::server().port());
+        let store = PostgresCheckpointStore::builder()
+            .schema(&schema.name)
+            .connect(&proxy.params())
+            .unwrap();
+        let mut seen = Vec::new();
+        let mut apply = |_: &mut Transaction<'_>, offset| {
+            if seen.is_empty() {
+                schema.store.save("orders", 5)?;
+                // The next request after the save: where in the message it has failed.
+                proxy.cut("SELECT\0", Cut::BeforeTheRequest);
+            }
+            seen.push(offset);
+            Ok(Some(offset + 1))
+        };
+        if tries {
+            assert_eq!(store.try_project("orders", &mut apply).unwrap(), Batch::Committed(6));
+        } else {
+            assert_eq!(store.project("orders", &mut apply).unwrap(), Some(6));
+        }
+        assert!(!proxy.disarm());
+        assert_eq!(seen, [0, 5]);
     }
 }
 

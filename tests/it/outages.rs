@@ -950,6 +950,8 @@ fn a_waiter_is_not_disturbed_by_the_loss_of_others() {
     });
 }
 
+type Call = fn(&PostgresCheckpointStore) -> Result<()>;
+
 /// What the server has said to any attempt of a call comes out in the end, unless the last attempt says more.
 #[test]
 fn the_cause_that_one_attempt_has_learned_is_not_lost() {
@@ -965,7 +967,6 @@ fn the_cause_that_one_attempt_has_learned_is_not_lost() {
                  FOR EACH ROW EXECUTE FUNCTION fail();",
         )
         .unwrap();
-    type Call = fn(&PostgresCheckpointStore) -> Result<()>;
     let calls: [(&str, Call); 5] = [
         ("save", |store| store.save("orders", 1)),
         ("save_many", |store| store.save_many(&[("orders", 1)])),
@@ -1086,6 +1087,10 @@ fn an_error_of_the_callers_own_does_not_blame_the_store() {
     }
 }
 
+#[derive(Debug, thiserror::Error)]
+#[error("of the caller's own")]
+struct Own(#[source] checkpoint_store::postgres::Error);
+
 #[test]
 fn a_boxed_error_keeps_what_it_was() {
     type Boxed = Box<dyn std::error::Error + Send + Sync>;
@@ -1107,10 +1112,6 @@ fn a_boxed_error_keeps_what_it_was() {
     let pool = harness::pool(&params, 1, Duration::from_millis(100));
     let refused = boxed(pool.get().err().expect("nobody listens").into());
     assert!(matches!(refused, Error::Unavailable { operation: "pool", .. }), "{refused:?}");
-
-    #[derive(Debug, thiserror::Error)]
-    #[error("of the caller's own")]
-    struct Own(#[source] checkpoint_store::postgres::Error);
     let own = boxed(Own(statement("DO $$ BEGIN RAISE SQLSTATE '40001'; END $$")).into());
     assert!(matches!(own, Error::Backend { operation: "apply", .. }), "{own:?}");
     assert!(own.is_transient(), "the chain tells");

@@ -193,9 +193,9 @@ fn calls_that_wait_for_a_slot_are_told_too() {
                 threads.len() == THREADS
             });
             server.restart();
-            calls
-                .into_iter()
-                .for_each(|call| assert_ne!(call.join().unwrap(), thread::current().id()));
+            for call in calls {
+                assert_ne!(call.join().unwrap(), thread::current().id());
+            }
         });
     }
 }
@@ -233,7 +233,9 @@ fn each_call_in_a_group_is_told_of_an_outage() {
         });
         let told = threads();
         server.restart();
-        calls.into_iter().for_each(|call| call.join().unwrap());
+        for call in calls {
+            call.join().unwrap();
+        }
         assert_eq!(told, THREADS, "calls that were told");
     });
 }
@@ -457,7 +459,9 @@ fn a_failover_is_told_of() {
             ["get", "begin"].iter().all(|it| told.iter().any(|one| one.report.contains(it)))
         });
         standby.client().query_one("SELECT pg_promote()", &[]).unwrap();
-        calls.into_iter().for_each(|call| call.join().unwrap().unwrap());
+        for call in calls {
+            call.join().unwrap().unwrap();
+        }
     });
     let told = log.len();
     store.save("orders", 2).unwrap();

@@ -172,11 +172,11 @@ fn unqualified(sql: &str) -> Vec<String> {
             }
             Token::Name(name) => {
                 // `public.projection_checkpoints (..)` and what `AS` names are no functions.
-                let is_called = is_sign(i + 1, '(')
-                    && !KEYWORDS.contains(&name.to_uppercase().as_str())
-                    && !is_named(before, "AS")
-                    && !is_named(before, "OF")
-                    && !(is_sign(before, '.') && is_named(i.saturating_sub(2), "public"));
+                let is_of_the_grammar = KEYWORDS.contains(&name.to_uppercase().as_str());
+                let is_alias = is_named(before, "AS") || is_named(before, "OF");
+                let is_table = is_sign(before, '.') && is_named(i.saturating_sub(2), "public");
+                let is_called =
+                    is_sign(i + 1, '(') && [is_of_the_grammar, is_alias, is_table] == [false; 3];
                 let is_type = is_sign(before, ':') && i >= 2 && is_sign(i - 2, ':');
                 let is_collation = is_named(before, "COLLATE");
                 // A type, and a collation, are given by their schema here.
@@ -215,11 +215,8 @@ fn sql_in(source: &str) -> Vec<String> {
         "BEGIN",
     ];
     let source = source.split("#[cfg(test)]\nmod tests").next().expect("a first piece");
-    let code: String = source
-        .lines()
-        .filter(|line| !line.trim_start().starts_with("//"))
-        .map(|line| format!("{line}\n"))
-        .collect();
+    let is_code = |line: &&str| !line.trim_start().starts_with("//");
+    let code = source.lines().filter(is_code).collect::<Vec<_>>().join("\n");
     let mut literals = Vec::new();
     let mut rest = code.as_str();
     while let Some(begin) = rest.find('"') {
