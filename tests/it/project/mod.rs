@@ -516,7 +516,8 @@ fn a_long_closure_does_not_use_up_the_patience_that_a_loss_needs() {
     );
 }
 
-/// The save comes upon a row that another transaction has created, and the connection ends with that answer.
+/// The save comes upon a row that another transaction has created, and the connection is lost before it is known
+/// whether the transaction has been ended.
 #[test]
 fn a_rival_that_creates_the_row_is_nothing_to_the_caller_even_if_the_connection_is_lost_then() {
     let schema = with_read_model();
@@ -526,7 +527,7 @@ fn a_rival_that_creates_the_row_is_nothing_to_the_caller_even_if_the_connection_
     let outcome = store.project("orders", |tx, offset| {
         if from.is_empty() {
             schema.store.save("orders", 10).unwrap();
-            proxy.cut("COMMIT", Cut::AfterTheAnswer);
+            proxy.cut("SELECT\0", Cut::BeforeTheRequest);
         }
         from.push(offset);
         apply(tx, offset)
