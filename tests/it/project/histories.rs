@@ -517,10 +517,10 @@ fn a_repeat_that_undoes_the_work_of_a_rival_is_found() {
         history.insert(0, Event::Invoked(0, Call::Save(41)));
         history
     };
-    let worker = (1, batch(), Some(Committed(42)));
+    let worker = || (1, batch(), Some(Committed(42)));
     let found = |offset| (2, Call::Get, Some(Got(offset)));
-    assert!(is_explained(&save(&[worker.clone(), found(42)])));
-    let mut undone = save(&[worker.clone()]);
+    assert!(is_explained(&save(&[worker(), found(42)])));
+    let mut undone = save(&[worker()]);
     undone.push(Event::Returned(0, Saved));
     assert!(is_explained(&undone));
     undone.extend(history(&[found(41)]));
