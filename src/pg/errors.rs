@@ -111,7 +111,7 @@ pub(crate) fn no_connection(
 /// The connection was lost while a write was sent, and the row does not tell whether it was executed.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the connection was lost during the write, and another client has written or deleted the \
+    "the connection was lost during the write, and another client may have written or deleted the \
      checkpoint since, so it is unknown whether the write was executed"
 )]
 pub(crate) struct OutcomeUnknown;

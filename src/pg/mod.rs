@@ -101,7 +101,8 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 /// | The server rolls back because of others: a deadlock, a serialization failure. | Nothing has happened. The operation runs again. |
 ///
 /// The test of a repeated `save` compares `updated_at` with the clock of the server. It assumes that this clock
-/// is not set forward during the call. Within a minute after a failover, when rows may have the time of
+/// is not set forward during the call. What was written before the call by less than the time of an answer
+/// may count as written since. Within a minute after a failover, when rows may have the time of
 /// another server's clock, a lost write is not repeated. A repeated `delete` may return `false` for what its
 /// first attempt has deleted.
 ///

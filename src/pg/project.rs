@@ -153,7 +153,8 @@ impl PostgresCheckpointStore {
     ///
     /// If the answer to COMMIT is lost the batch is in doubt, and the next attempt looks, under the lock, whether
     /// the checkpoint has reached the offset of this call. If it has, the batch is committed, and the call
-    /// returns it. So one call never applies two batches. If the time is over before that is known, the error
+    /// returns it. So one call never applies two batches, unless the checkpoint is moved back by hand or deleted
+    /// in between. If the time is over before that is known, the error
     /// names the `commit` and says that the batch may be committed; the next call continues from what is
     /// stored.
     ///
@@ -468,7 +469,8 @@ impl<'a> Attempt<'a> {
             self.losses += 1;
             return Err(Failed::InDoubt(cause));
         }
-        // After a COMMIT that failed there is no transaction any more.
+        // After a COMMIT that failed there is no transaction any more. If the connection is lost before that is
+        // known, nothing has happened all the same.
         let step = if is_aborted(&mut tx).map_err(at("save"))? { "save" } else { "commit" };
         Err(self.not_finished(step, row, cause))
     }
@@ -573,8 +575,9 @@ fn class_of(error: &Error) -> Option<ErrorClass> {
 /// Whether a statement has failed in this very transaction: the closure may use other ones too.
 fn is_aborted(tx: &mut Transaction<'_>) -> Outcome<bool> {
     match tx.batch_execute("SELECT") {
+        Ok(()) => Ok(false),
         Err(error) if error.code() == Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => Ok(true),
-        probed => Ok(probed.map(|()| false)?),
+        Err(error) => Err(error.into()),
     }
 }
 

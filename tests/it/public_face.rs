@@ -1,10 +1,18 @@
 //! What other code compiles against, as a text: a change of it is seen in review.
 
 use std::collections::HashSet;
+use std::fmt::Debug;
 use std::fs;
+use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::path::Path;
 
+use checkpoint_store::postgres::error::SqlState;
+use checkpoint_store::{
+    CheckpointStore, Error, InTransaction, MemoryCheckpointStore, PostgresCheckpointStore,
+};
 use syn::{Attribute, Fields, ImplItem, Item, TraitItem, Type, Visibility, parse_quote};
+
+use crate::harness::Schema;
 
 const RECORD_VARIABLE: &str = "CHECKPOINT_STORE_RECORD_FACE";
 
@@ -145,4 +153,67 @@ fn visible(attributes: &mut Vec<Attribute>) {
 fn is_about(implementor: &Type, types: &HashSet<String>) -> bool {
     let Type::Path(path) = implementor else { return false };
     path.path.segments.last().is_some_and(|last| types.contains(&last.ident.to_string()))
+}
+
+#[test]
+fn a_store_is_unwind_safe() {
+    fn is_unwind_safe<T: UnwindSafe + RefUnwindSafe>() {}
+    is_unwind_safe::<PostgresCheckpointStore>();
+    is_unwind_safe::<MemoryCheckpointStore>();
+}
+
+#[test]
+fn an_answer_that_says_whether_there_is_more_to_do_is_not_to_be_dropped() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut items = Vec::new();
+    read(&root.join("src"), &mut items);
+    let must_be_used = |name: &str| {
+        items.iter().any(|item| {
+            let (ident, attributes) = match item {
+                Item::Struct(item) => (&item.ident, &item.attrs),
+                Item::Enum(item) => (&item.ident, &item.attrs),
+                _ => return false,
+            };
+            ident == name && attributes.iter().any(|it| it.path().is_ident("must_use"))
+        })
+    };
+    for name in ["Batch", "InTransaction", "PostgresCheckpointStoreBuilder", "HealthCheck"] {
+        assert!(must_be_used(name), "{name}");
+    }
+    assert!(!must_be_used("Retry"), "a type without it is found to be so");
+}
+
+#[test]
+fn the_operations_in_a_transaction_can_be_shown_and_list_all_checkpoints() {
+    fn is_debug<T: Debug>() {}
+    is_debug::<InTransaction<'_, '_>>();
+    let schema = Schema::new();
+    schema.store.save("b", 2).unwrap();
+    let mut client = schema.client();
+    let mut tx = client.transaction().unwrap();
+    let mut in_transaction = schema.store.in_transaction(&mut tx);
+    assert!(format!("{in_transaction:?}").contains(&schema.name));
+    in_transaction.save("a", 1).unwrap();
+    let all: Vec<_> = in_transaction.all().unwrap().into_iter().map(|it| it.offset).collect();
+    assert_eq!(all, [1, 2]);
+    drop(tx);
+    assert_eq!(schema.store.all().unwrap().len(), 1);
+}
+
+#[test]
+fn a_custom_store_can_make_a_conflict_and_a_caller_can_ask_for_the_sql_state() {
+    let conflict = Error::conflict("orders", 7, 9);
+    assert!(conflict.is_conflict());
+    assert!(
+        matches!(&conflict, Error::Conflict { projection, expected: 7, found: 9, .. } if projection == "orders")
+    );
+    assert_eq!(conflict.sql_state(), None);
+
+    let schema = Schema::new();
+    schema.client().batch_execute("DROP TABLE projection_checkpoints").unwrap();
+    let error = schema.store.save("orders", 1).unwrap_err();
+    assert_eq!(error.sql_state(), Some(&SqlState::UNDEFINED_TABLE));
+    let own = schema.client().batch_execute("SELECT 1 / 0").map_err(Error::from).unwrap_err();
+    assert_eq!(own.sql_state(), Some(&SqlState::DIVISION_BY_ZERO));
+    assert_eq!(Error::backend("save", std::io::Error::other("disk")).sql_state(), None);
 }

@@ -204,21 +204,22 @@ fn a_pool_of_the_callers_with_nothing_but_silent_connections_says_so_in_time() {
 }
 
 /// Stops processes of a server, and lets them go on, whatever becomes of the test.
-struct Frozen<'a> {
-    _server: &'a Server,
-    pids: Vec<i32>,
-}
+struct Frozen(Vec<i32>);
 
-impl<'a> Frozen<'a> {
-    fn new(server: &'a Server, pids: Vec<i32>) -> Self {
-        pids.iter().for_each(|pid| signal_pid(*pid, Signal::STOP));
-        Self { _server: server, pids }
+impl Frozen {
+    fn new(pids: Vec<i32>) -> Self {
+        for pid in &pids {
+            signal_pid(*pid, Signal::STOP);
+        }
+        Self(pids)
     }
 }
 
-impl Drop for Frozen<'_> {
+impl Drop for Frozen {
     fn drop(&mut self) {
-        self.pids.iter().for_each(|pid| signal_pid(*pid, Signal::CONT));
+        for pid in &self.0 {
+            signal_pid(*pid, Signal::CONT);
+        }
     }
 }
 
@@ -238,7 +239,7 @@ fn backends_that_stand_still_are_left_behind_while_the_server_takes_new_connecti
             let mut pids = backends(store, 3);
             let pids = pids.split_off(3 - frozen); // the next one is the one that came back last
             let_connections_age();
-            let frozen = Frozen::new(&server, pids);
+            let frozen = Frozen::new(pids);
             for _ in 0..3 {
                 let (outcome, took) = timed(|| operation(store));
                 outcome.unwrap_or_else(|error| panic!("{what}: {took:?}: {error:?}"));
@@ -261,7 +262,7 @@ fn a_server_that_stands_still_is_a_transient_error_in_time_and_used_again_when_i
     let mut pids: Vec<_> = stores.iter().flat_map(|(_, store)| backends(store, 2)).collect();
     pids.push(server.pid());
     let_connections_age();
-    let frozen = Frozen::new(&server, pids);
+    let frozen = Frozen::new(pids);
     thread::scope(|scope| {
         for ((what, operation), store) in &stores {
             scope.spawn(move || {
@@ -434,11 +435,14 @@ fn to_lock_a_row_that_is_to_be_created_takes_five_round_trips_at_most() {
     assert!(lock <= 2, "{lock}");
 }
 
+/// What a store is used for, and in how many round trips.
+type FirstUse = (&'static str, fn(&PostgresCheckpointStore), usize);
+
 #[test]
 fn a_connection_that_was_made_just_now_is_not_tested() {
     let server = server();
     let proxy = Proxy::to(server.port());
-    let first_use: [(&str, fn(&PostgresCheckpointStore), usize); 3] = [
+    let first_use: [FirstUse; 3] = [
         ("save", |store| store.save("save", 1).unwrap(), 1),
         ("advance", |store| store.advance("advance", 1, 1).unwrap(), 1),
         (

@@ -24,11 +24,12 @@ struct Led {
     is_silent: Arc<AtomicBool>,
 }
 
-/// An answer that the client gets instead of the server's to the next request with this text in it.
+/// What the client gets as the answer to the next request with this text in it.
 struct Forgery {
     text: &'static str,
-    severity: &'static str,
-    code: &'static str,
+    answer: Vec<u8>,
+    /// Whether the server's own answer follows.
+    is_prefix: bool,
 }
 
 const MUTE: u16 = 0;
@@ -125,8 +126,23 @@ impl Gate {
     /// Has the client told instead of the next answer that it has lost its session; once. The server
     /// does what it was asked.
     pub(crate) fn forge(&self, text: &'static str, severity: &'static str, code: &'static str) {
-        *self.forged.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(Forgery { text, severity, code });
+        let answer = error_response(severity, code);
+        self.answer(Forgery { text, answer, is_prefix: false });
+    }
+
+    /// Has the client told a message before the next answer that does not belong there; once. The server does
+    /// what it was asked.
+    pub(crate) fn garble(&self, text: &'static str, message: &[u8]) {
+        self.answer(Forgery { text, answer: message.to_owned(), is_prefix: true });
+    }
+
+    /// Whether nothing has been forged or garbled yet.
+    pub(crate) fn is_armed(&self) -> bool {
+        self.forged.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    fn answer(&self, forgery: Forgery) {
+        *self.forged.lock().unwrap_or_else(PoisonError::into_inner) = Some(forgery);
     }
 
     pub(crate) fn params(&self) -> String {
@@ -212,13 +228,16 @@ fn lead(
             if let Some(forgery) = forged.take_if(is_meant) {
                 *armed.lock().unwrap_or_else(PoisonError::into_inner) = Some(forgery);
             }
-            None
+            Pass::On
         });
     });
     thread::spawn(move || {
         pump(from_server, to_client, &silent_too, |_answer| {
-            let forgery = due.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-            Some(error_response(forgery.severity, forgery.code))
+            match due.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                None => Pass::On,
+                Some(Forgery { answer, is_prefix: true, .. }) => Pass::After(answer),
+                Some(Forgery { answer, .. }) => Pass::Instead(answer),
+            }
         });
     });
 }
@@ -228,24 +247,35 @@ fn copy_of(stream: &TcpStream) -> TcpStream {
     stream.try_clone().expect("an open socket")
 }
 
-/// Passes on what comes, until something else is to be said: then that, and nothing after it.
+enum Pass {
+    On,
+    After(Vec<u8>),
+    /// And nothing after it.
+    Instead(Vec<u8>),
+}
+
+/// Passes on what comes, until something else is to be said in its place.
 fn pump(
     mut from: TcpStream,
     mut to: TcpStream,
     is_silent: &AtomicBool,
-    instead: impl Fn(&[u8]) -> Option<Vec<u8>>,
+    inspect: impl Fn(&[u8]) -> Pass,
 ) {
     let mut buffer = vec![0; 1 << 16];
     while let Ok(read @ 1..) = from.read(&mut buffer) {
         if is_silent.load(Ordering::SeqCst) {
             continue;
         }
-        let said = instead(&buffer[..read]);
-        if to.write_all(said.as_deref().unwrap_or(&buffer[..read])).is_err() {
+        let passed = match inspect(&buffer[..read]) {
+            Pass::On => to.write_all(&buffer[..read]),
+            Pass::After(prefix) => to.write_all(&[&prefix, &buffer[..read]].concat()),
+            Pass::Instead(answer) => {
+                let _ = to.write_all(&answer);
+                return; // and leaves it to the client to hang up
+            }
+        };
+        if passed.is_err() {
             break;
-        }
-        if said.is_some() {
-            return; // and leaves it to the client to hang up
         }
     }
     if is_silent.load(Ordering::SeqCst) {

@@ -19,7 +19,7 @@ use std::time::Duration;
 use checkpoint_store::postgres::{Client, Transaction};
 use checkpoint_store::{Batch, CheckpointStore, Error, PostgresCheckpointStore, Result};
 
-use crate::harness::{self, Proxy, Schema, chain, sql_state, wait_for_a_waiter, wait_until};
+use crate::harness::{self, Cut, Proxy, Schema, chain, sql_state, wait_for_a_waiter, wait_until};
 
 /// A read model that takes every event as often as it comes: a unique index would hide one that is
 /// applied twice behind an error.
@@ -514,4 +514,26 @@ fn a_long_closure_does_not_use_up_the_patience_that_a_loss_needs() {
         .as_deref(),
         Some("22012")
     );
+}
+
+/// The save comes upon a row that another transaction has created, and the connection is lost before it is known
+/// whether the transaction has been ended.
+#[test]
+fn a_rival_that_creates_the_row_is_nothing_to_the_caller_even_if_the_connection_is_lost_then() {
+    let schema = with_read_model();
+    let proxy = Proxy::to(harness::server().port());
+    let store = store_at(&proxy.params(), &schema, false);
+    let mut from = Vec::new();
+    let outcome = store.project("orders", |tx, offset| {
+        if from.is_empty() {
+            schema.store.save("orders", 10).unwrap();
+            proxy.cut("SELECT\0", Cut::BeforeTheRequest);
+        }
+        from.push(offset);
+        apply(tx, offset)
+    });
+    assert_eq!(outcome.unwrap(), Some(11));
+    assert!(!proxy.disarm());
+    assert_eq!(from, [0, 10]);
+    assert_eq!(applied(&mut schema.client()), [11]);
 }
