@@ -177,6 +177,7 @@ fn the_time_of_a_save_moves_on(store: &dyn CheckpointStore) {
                 "conformance: updated_at is the moment of the last {operation}, of the same offset \
                  too, and stands still"
             );
+            thread::sleep(Duration::from_millis(1));
         }
     }
     let before = find(store, "time");
