@@ -12,7 +12,7 @@ use fastrand::Rng;
 
 use super::{applied, apply};
 use crate::faults::{Row, this_program};
-use crate::harness::{self, Cut, Options, Proxy, Server, wait_until};
+use crate::harness::{self, Cut, Options, Proxy, Server, end_backend, wait_until};
 
 /// Of each kind at each step.
 const TIMES: usize = 17;
@@ -110,8 +110,7 @@ fn a_backend_that_is_ended_under_the_closure_is_not_noticed_by_the_caller() {
                         let pid: i32 = tx.query_one("SELECT pg_backend_pid()", &[])?.get(0);
                         let mut end = |here| {
                             if here == ended && std::mem::take(&mut is_to_end) {
-                                let sql = "SELECT pg_terminate_backend($1, 60000)";
-                                assert!(admin.query_one(sql, &[&pid]).unwrap().get::<_, bool>(0));
+                                end_backend(&mut admin, pid);
                             }
                         };
                         end(Ended::BeforeItsStatement);
