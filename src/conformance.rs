@@ -211,6 +211,7 @@ fn each_save_renews_updated_at(store: &dyn CheckpointStore) {
                 "conformance: {operation} must renew updated_at, even if the offset stays the same (it \
                  moved by {step})"
             );
+            thread::sleep(Duration::from_millis(1));
         }
     }
     let before = find(store, "time");

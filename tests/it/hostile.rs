@@ -10,11 +10,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
-use crate::harness::{self, Schema};
-
-const SEQUENCES: u32 = 6_000;
-const SINGLE_NAMES: u32 = 3_700;
-const IDENTIFIERS: u32 = 300;
+use crate::harness::{self, Schema, rounds};
 
 fn runner(cases: u32) -> TestRunner {
     TestRunner::new(Config { cases, failure_persistence: None, ..Config::default() })
@@ -224,7 +220,7 @@ fn the_memory_store_gives_the_answers_and_the_refusals_of_postgres() {
     let schema = Schema::new();
     let mut client = schema.client();
     let client = std::cell::RefCell::new(&mut client);
-    runner(SEQUENCES)
+    runner(rounds(1_500, 6_000))
         .run(&sequences(), |steps| {
             let mut client = client.borrow_mut();
             client.batch_execute("DELETE FROM projection_checkpoints").unwrap();
@@ -238,7 +234,7 @@ fn any_name_and_offset_comes_back_as_it_was_given_or_is_refused() {
     let schema = Schema::new();
     let store = &schema.store;
     let name = prop_oneof![any_text(0..40), any_text(0..600), names()];
-    runner(SINGLE_NAMES)
+    runner(rounds(1_000, 4_000))
         .run(&(name, any::<i64>()), |(name, offset)| {
             let good_name = !name.is_empty() && name.len() <= 1_024 && !name.contains('\0');
             match store.save(&name, offset) {
@@ -299,7 +295,7 @@ fn any_schema_and_table_is_the_one_that_the_server_finds_under_that_name() {
     let database = harness::fresh_database();
     let pool = harness::pool(&database, 1, Duration::from_secs(30));
     let admin = std::cell::RefCell::new(harness::client(&database));
-    runner(IDENTIFIERS)
+    runner(rounds(100, 300))
         .run(&(identifiers(), identifiers()), |(schema, table)| {
             let good = |name: &str| !name.is_empty() && name.len() <= 63 && !name.contains('\0');
             let reserved = schema.starts_with("pg_");

@@ -11,7 +11,7 @@ use checkpoint_store::{
 use fastrand::Rng;
 
 use super::{Row, kill_backend_and_wait, process_id};
-use crate::harness::{Cut, Options, Proxy, Server, end_backend, unique, wait_until};
+use crate::harness::{Cut, Options, Proxy, Server, end_backend, rounds, unique, wait_until};
 
 type Outcome = Result<i64, Box<dyn std::error::Error + Send + Sync>>;
 
@@ -230,10 +230,10 @@ fn a_commit_whose_answer_is_lost_has_happened_and_the_offset_tells() {
 /// About half of the time of a durable transaction is its COMMIT.
 #[test]
 fn a_server_that_crashes_during_the_commit_has_both_or_neither() {
-    const TIMES: usize = 20;
+    let times = rounds(10, 20);
     let stage = Stage::new();
     let mut random = Rng::with_seed(3);
-    for _ in 0..TIMES {
+    for _ in 0..times {
         let mut client = stage.client();
         let (committed, is_at_work) = mpsc::channel();
         let acknowledged = thread::scope(|scope| {
@@ -257,7 +257,7 @@ fn a_server_that_crashes_during_the_commit_has_both_or_neither() {
         assert!(offset == acknowledged || offset == acknowledged + 1, "{acknowledged} {offset}");
     }
     let fault = "server crashes under a worker that commits without a pause";
-    stage.row(fault, TIMES, TIMES);
+    stage.row(fault, times, times);
 }
 
 #[test]

@@ -11,8 +11,6 @@ use fastrand::Rng;
 use super::{Row, this_program};
 use crate::harness::{self, Options, Server, wait_until};
 
-/// A million operations, rather than twenty thousand.
-const SOAK_VARIABLE: &str = "CHECKPOINT_STORE_SOAK";
 const SERVER_VARIABLE: &str = "CHECKPOINT_STORE_SOAK_PARAMS";
 const SOAK: &str = "faults::soak::nothing_is_left_over";
 const THREADS: usize = 16;
@@ -24,8 +22,7 @@ const OPERATIONS_A_KILL: usize = 1_000;
 #[test]
 fn nothing_is_left_over() {
     if let Ok(params) = std::env::var(SERVER_VARIABLE) {
-        let long = std::env::var_os(SOAK_VARIABLE).is_some();
-        return soak(&params, if long { 1_000_000 } else { 20_000 });
+        return soak(&params, harness::rounds(20_000, 1_000_000));
     }
     let server = Server::start(Options::fast());
     let output = this_program(SOAK)
@@ -234,7 +231,7 @@ fn soak(params: &str, operations: usize) {
     drop(store);
     wait_until("every connection is closed", || connections() == 0);
     // r2d2's threads notice it when they next look for idle connections: within half a minute.
-    if std::env::var_os(SOAK_VARIABLE).is_some() {
+    if harness::is_soak() {
         wait_until("every thread has ended", || threads() == threads_before);
     }
 }

@@ -17,13 +17,12 @@ use checkpoint_store::{
 use fastrand::Rng;
 
 use super::{Row, kill_backend_and_wait, process_id, this_program};
-use crate::harness::{Options, Server, wait_until};
+use crate::harness::{Options, Server, rounds, wait_until};
 
 const PARAMS_VARIABLE: &str = "CHECKPOINT_STORE_WORKER_PARAMS";
 const WORKER: &str = "faults::worker_crash::a_worker_gets_to_the_head_of_the_stream";
-const KILLS: usize = 100;
-/// Of the rounds, one in so many has the server crash under the worker first.
-const SERVER_CRASH_EVERY: usize = 10;
+/// In so many of the rounds the server crashes under the worker first.
+const SERVER_CRASHES: usize = 10;
 const EXACTLY_ONCE: [&str; 3] = ["locks", "advances", "projects"];
 const AT_LEAST_ONCE: [&str; 2] = ["checkpointer", "watermark"];
 /// How many events a projection that saves now and then applies between two saves.
@@ -286,6 +285,7 @@ fn output(worker: &mut Child) -> String {
 
 #[test]
 fn each_event_counts_once_however_often_the_worker_is_killed() {
+    let kills = rounds(40, 100);
     let server = Server::start(Options::durable());
     let params = server.params();
     PostgresCheckpointStore::connect(&params).unwrap().migrate().unwrap();
@@ -295,7 +295,7 @@ fn each_event_counts_once_however_often_the_worker_is_killed() {
     let mut server_crashes = 0;
     let mut longest_wait = Duration::ZERO;
 
-    for round in 1..=KILLS {
+    for round in 1..=kills {
         let started = Instant::now();
         let mut worker = start_worker(&params);
         // Some die before they have done anything.
@@ -303,7 +303,7 @@ fn each_event_counts_once_however_often_the_worker_is_killed() {
             wait_for_saves(&mut client, &mut worker, 1 + random.u64(..40));
             longest_wait = longest_wait.max(started.elapsed());
         }
-        if round % SERVER_CRASH_EVERY == 0 {
+        if round % (kills / SERVER_CRASHES) == 0 {
             if server_crashes % 2 == 0 {
                 drop(client);
                 server.crash();
@@ -342,7 +342,7 @@ fn each_event_counts_once_however_often_the_worker_is_killed() {
                 "checkpointer" => "the same: `Checkpointer` every 5 (applied twice: allowed)",
                 _ => "the same: `Watermark`, 3 threads, every 5 (applied twice: allowed)",
             },
-            times: KILLS,
+            times: kills,
             lost: usize::try_from(head - distinct).unwrap(),
             twice: usize::try_from(applied - distinct).unwrap(),
             errors: 0,
@@ -356,7 +356,7 @@ fn each_event_counts_once_however_often_the_worker_is_killed() {
         let limit = if EXACTLY_ONCE.contains(projection) {
             0
         } else {
-            at_risk * (KILLS + server_crashes * 3)
+            at_risk * (kills + server_crashes * 3)
         };
         assert!(row.twice <= limit, "{projection}: {} twice", row.twice);
     }

@@ -25,6 +25,18 @@ pub(crate) use pgbouncer::PgBouncer;
 pub(crate) use proxy::{Cut, Proxy};
 pub(crate) use server::{Options, Server, free_port, give_away, server_program};
 
+/// Makes the tests that repeat something repeat it more often.
+const SOAK_VARIABLE: &str = "CHECKPOINT_STORE_SOAK";
+
+pub(crate) fn is_soak() -> bool {
+    std::env::var_os(SOAK_VARIABLE).is_some()
+}
+
+/// How often a test repeats something: usually, and in a soak.
+pub(crate) fn rounds<T>(usual: T, in_a_soak: T) -> T {
+    if is_soak() { in_a_soak } else { usual }
+}
+
 /// The server that all tests share which do not need to stop one.
 pub(crate) fn server() -> &'static Server {
     static SERVER: OnceLock<Server> = OnceLock::new();

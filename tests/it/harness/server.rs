@@ -86,21 +86,14 @@ impl Server {
     }
 
     pub(crate) fn init(&self) {
-        let password_file = self.folder().join("password");
-        let mut initdb = server_program("initdb");
-        initdb.args(["--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"]);
-        match &self.options.password {
-            Some(password) => {
-                fs::write(&password_file, password).expect("a password file");
-                give_away(&password_file);
-                initdb.arg("--auth=scram-sha-256").arg("--pwfile").arg(&password_file);
-            }
-            None => {
-                initdb.arg("--auth=trust");
-            }
+        if let Some(password) = &self.options.password {
+            let file = self.folder().join("password");
+            fs::write(&file, password).expect("a password file");
+            give_away(&file);
+            initdb(&self.data(), "scram-sha-256", Some(&file));
+        } else {
+            copy(template(), &self.data());
         }
-        let output = initdb.arg(self.data()).output().expect("initdb runs");
-        assert!(output.status.success(), "initdb: {}", String::from_utf8_lossy(&output.stderr));
         if let Some(hba) = &self.options.hba {
             fs::write(self.data().join("pg_hba.conf"), hba).expect("pg_hba.conf is written");
         }
@@ -111,8 +104,7 @@ impl Server {
     /// of the same version.
     pub(crate) fn follow(&self, primary: &Self) {
         primary.stop();
-        let copied = as_server_user("cp").arg("-a").args([primary.data(), self.data()]).status();
-        assert!(copied.expect("cp runs").success());
+        copy(&primary.data(), &self.data());
         primary.restart();
         let signal = self.data().join("standby.signal");
         fs::write(&signal, "").expect("the standby's folder");
@@ -257,6 +249,35 @@ impl Drop for Server {
             running.guard.forget(&process.child);
         }
     }
+}
+
+/// A data folder that no server runs on. `initdb` takes longer than a copy of it.
+fn template() -> &'static Path {
+    static TEMPLATE: OnceLock<(PathBuf, Guard)> = OnceLock::new();
+    let (data, _) = TEMPLATE.get_or_init(|| {
+        let guard = Guard::new("checkpoint-store-pg-");
+        give_away(guard.folder());
+        let data = guard.folder().join("data");
+        initdb(&data, "trust", None);
+        (data, guard)
+    });
+    data
+}
+
+fn initdb(data: &Path, auth: &str, password_file: Option<&Path>) {
+    let mut initdb = server_program("initdb");
+    initdb.args(["--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync"]);
+    initdb.arg("--auth").arg(auth);
+    if let Some(file) = password_file {
+        initdb.arg("--pwfile").arg(file);
+    }
+    let output = initdb.arg(data).output().expect("initdb runs");
+    assert!(output.status.success(), "initdb: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn copy(from: &Path, to: &Path) {
+    let copied = as_server_user("cp").arg("-a").args([from, to]).status();
+    assert!(copied.expect("cp runs").success());
 }
 
 /// One of the server's programs, to be run as a user that PostgreSQL accepts: it refuses root.

@@ -10,11 +10,8 @@ use checkpoint_store::{CheckpointStore, PostgresCheckpointStore};
 use super::stage::{Stage, apply, batch_after, process_id};
 use crate::faults::Row;
 use crate::harness::{
-    Cut, Proxy, end_backend, pool, server, unique, wait_for_a_waiter, wait_until,
+    Cut, Proxy, end_backend, pool, rounds, server, unique, wait_for_a_waiter, wait_until,
 };
-
-/// Of each step, with each kind of store.
-const KILLS: usize = 50;
 
 /// What loses the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -180,9 +177,10 @@ fn wait_for_a_held_commit(observer: &mut Client, schema: &str) -> i32 {
 /// Strikes in each of these ways in turn, each with how often the closure runs then.
 fn strike_each(fault: &'static str, mut workers: Vec<Worker>, strikes: &[(Strike, usize)]) {
     let mut longest_wait = Duration::ZERO;
-    let times = KILLS * workers.len();
+    let kills = rounds(10, 50);
+    let times = kills * workers.len();
     for worker in &mut workers {
-        for &(strike, runs) in strikes.iter().cycle().take(KILLS) {
+        for &(strike, runs) in strikes.iter().cycle().take(kills) {
             // So that its statements are prepared, if it prepares them.
             worker.project(None);
             assert_eq!(worker.strike(strike), runs, "{strike:?}");

@@ -15,7 +15,7 @@ use fastrand::Rng;
 use stateright::semantics::{ConsistencyTester, LinearizabilityTester, SequentialSpec};
 
 use crate::faults::Row;
-use crate::harness::{Cut, Options, Proxy, Server, wait_until};
+use crate::harness::{self, Cut, Options, Proxy, Server, wait_until};
 
 #[derive(Debug, Clone, PartialEq)]
 enum Call {
@@ -346,8 +346,8 @@ fn tell_whose_batches(history: &mut History, batches: &[(u64, i64)], calls: Call
 
 #[test]
 fn every_history_has_an_order_that_explains_each_answer() {
-    const ROUNDS: usize = 100;
-    const CRASH_EVERY: usize = 25;
+    let rounds = harness::rounds(40, 100);
+    let crash_every = rounds / 4;
     let server = Server::start(Options::durable());
     let store = PostgresCheckpointStore::builder()
         .prepared_statements(true)
@@ -357,10 +357,10 @@ fn every_history_has_an_order_that_explains_each_answer() {
     let table = "CREATE TABLE batches (projection text, \"to\" bigint, identity bigint)";
     server.client().batch_execute(table).unwrap();
     let (mut kills, mut crashes, mut unknown) = (0, 0, 0);
-    for round in 1..=ROUNDS {
+    for round in 1..=rounds {
         let histories = thread::scope(|scope| {
             let killer = scope.spawn(|| {
-                if round % CRASH_EVERY == 0 {
+                if round % crash_every == 0 {
                     server.crash();
                     server.restart();
                     return 0;
@@ -381,7 +381,7 @@ fn every_history_has_an_order_that_explains_each_answer() {
             kills += killer.join().unwrap();
             histories
         });
-        crashes += usize::from(round % CRASH_EVERY == 0);
+        crashes += usize::from(round % crash_every == 0);
         for (projection, mut history) in histories {
             let batches = batches(&server, &format!("{projection} {round}"));
             tell_whose_batches(&mut history, &batches, Calls::Forwards);

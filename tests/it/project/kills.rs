@@ -12,10 +12,8 @@ use fastrand::Rng;
 
 use super::{applied, apply};
 use crate::faults::{Row, this_program};
-use crate::harness::{self, Cut, Options, Proxy, Server, wait_until};
+use crate::harness::{self, Cut, Proxy, end_backend, rounds, wait_until};
 
-/// Of each kind at each step.
-const TIMES: usize = 17;
 const PLACES: [Cut; 3] = [Cut::BeforeTheRequest, Cut::AfterTheRequest, Cut::BeforeTheAnswer];
 const ISOLATION: [&str; 2] = ["read committed", "serializable"];
 
@@ -60,6 +58,7 @@ impl Stage {
 fn a_connection_that_is_cut_off_at_any_step_is_not_noticed_by_the_caller() {
     // With statements that have to be prepared first there are two steps more.
     const STEPS: usize = 7;
+    let times = rounds(3, 17);
     let (mut kills, mut longest) = (0, Duration::ZERO);
     for isolation in ISOLATION {
         for prepared in [false, true] {
@@ -68,7 +67,7 @@ fn a_connection_that_is_cut_off_at_any_step_is_not_noticed_by_the_caller() {
             let mut events = 0;
             for step in 0..STEPS {
                 for place in PLACES {
-                    for _ in 0..TIMES {
+                    for _ in 0..times {
                         proxy.cut_at_step(step, place);
                         let started = Instant::now();
                         let committed = stage.store.project("orders", apply).unwrap();
@@ -82,7 +81,7 @@ fn a_connection_that_is_cut_off_at_any_step_is_not_noticed_by_the_caller() {
             stage.check(events);
         }
     }
-    assert!(kills >= 4 * 5 * PLACES.len() * TIMES, "{kills}");
+    assert!(kills >= 4 * 5 * PLACES.len() * times, "{kills}");
     let fault = "`project`: connection cut off at each step, before and after it happened";
     Row::asserted(fault, kills, 0, longest).print();
 }
@@ -103,15 +102,14 @@ fn a_backend_that_is_ended_under_the_closure_is_not_noticed_by_the_caller() {
             let mut admin = stage.client();
             let mut events = 0;
             for ended in [Ended::BeforeItsStatement, Ended::AfterItsStatement] {
-                for _ in 0..50 {
+                for _ in 0..rounds(10, 50) {
                     let mut is_to_end = true;
                     let started = Instant::now();
                     let committed = stage.store.project("orders", |tx, offset| {
                         let pid: i32 = tx.query_one("SELECT pg_backend_pid()", &[])?.get(0);
                         let mut end = |here| {
                             if here == ended && std::mem::take(&mut is_to_end) {
-                                let sql = "SELECT pg_terminate_backend($1, 60000)";
-                                assert!(admin.query_one(sql, &[&pid]).unwrap().get::<_, bool>(0));
+                                end_backend(&mut admin, pid);
                             }
                         };
                         end(Ended::BeforeItsStatement);
@@ -134,7 +132,7 @@ fn a_backend_that_is_ended_under_the_closure_is_not_noticed_by_the_caller() {
 
 #[test]
 fn backends_that_are_ended_at_any_moment_are_not_noticed_by_the_caller() {
-    const KILLS: usize = 50;
+    let times = rounds(20, 50);
     let (mut kills, mut longest) = (0, Duration::ZERO);
     for isolation in ISOLATION {
         for prepared in [false, true] {
@@ -166,7 +164,7 @@ fn backends_that_are_ended_at_any_moment_are_not_noticed_by_the_caller() {
                     stage.database
                 );
                 let mut random = Rng::with_seed(9);
-                for _ in 0..KILLS {
+                for _ in 0..times {
                     let before = events.load(Ordering::SeqCst);
                     wait_until("it gets on", || events.load(Ordering::SeqCst) > before);
                     thread::sleep(Duration::from_micros(random.u64(..1_500)));
@@ -226,12 +224,12 @@ fn start_rival(how: &str, params: &str) -> Child {
 
 /// Has three rivals at work, and kills one after another; what they have applied in the end.
 fn killed_again_and_again(how: &str, kills: usize) -> (Vec<i64>, i64) {
-    let server = Server::start(Options::fast());
-    let store = PostgresCheckpointStore::connect(&server.params()).unwrap();
+    let params = harness::fresh_database();
+    let store = PostgresCheckpointStore::connect(&params).unwrap();
     store.migrate().unwrap();
-    let mut client = server.client();
+    let mut client = harness::client(&params);
     client.batch_execute("CREATE TABLE applied (event bigint)").unwrap();
-    let mut rivals: Vec<_> = (0..3).map(|_| start_rival(how, &server.params())).collect();
+    let mut rivals: Vec<_> = (0..3).map(|_| start_rival(how, &params)).collect();
     let mut random = Rng::with_seed(11);
     for kill in 0..kills {
         let count = "SELECT count(*) FROM applied";
@@ -240,7 +238,7 @@ fn killed_again_and_again(how: &str, kills: usize) -> (Vec<i64>, i64) {
         wait_until("the rivals get on", || counted() > before + 2);
         thread::sleep(Duration::from_micros(random.u64(..2_000)));
         let place = kill % rivals.len();
-        let mut killed = std::mem::replace(&mut rivals[place], start_rival(how, &server.params()));
+        let mut killed = std::mem::replace(&mut rivals[place], start_rival(how, &params));
         killed.kill().expect("a child can be killed");
         killed.wait().expect("a killed child ends");
     }
@@ -251,7 +249,8 @@ fn killed_again_and_again(how: &str, kills: usize) -> (Vec<i64>, i64) {
     wait_until("nobody is at work any more", || {
         let others = "SELECT count(*) FROM pg_stat_activity
                       WHERE backend_type = 'client backend' AND application_name = ''
-                        AND state <> 'idle' AND pid <> pg_backend_pid()";
+                        AND state <> 'idle' AND datname = current_database()
+                        AND pid <> pg_backend_pid()";
         client.query_one(others, &[]).unwrap().get::<_, i64>(0) == 0
     });
     (applied(&mut client), store.get("orders").unwrap())
@@ -259,13 +258,13 @@ fn killed_again_and_again(how: &str, kills: usize) -> (Vec<i64>, i64) {
 
 #[test]
 fn rival_processes_that_are_killed_lose_nothing_and_apply_nothing_twice() {
-    const KILLS: usize = 100;
+    let kills = rounds(40, 100);
     let started = Instant::now();
-    let (applied, offset) = killed_again_and_again("project", KILLS);
+    let (applied, offset) = killed_again_and_again("project", kills);
     assert_eq!(applied, (1..=offset).collect::<Vec<_>>());
-    let per_kill = started.elapsed() / u32::try_from(KILLS).unwrap();
+    let per_kill = started.elapsed() / u32::try_from(kills).unwrap();
     let fault = "`project`: three rival processes, killed with kill -9 (wait: a kill on average)";
-    Row::asserted(fault, KILLS, 0, per_kill).print();
+    Row::asserted(fault, kills, 0, per_kill).print();
 }
 
 /// The control: the same test finds out a worker that does it wrong.
