@@ -323,7 +323,7 @@ fn without_threads_a_store_is_unavailable_and_works_again_with_them() {
                     assert!(error.is_transient(), "{error:?}");
                     println!("{}", error.report());
                 }
-                store.project("orders", |_, at| Ok(Some(at + 1))).map_or((), drop);
+                drop(store.project("orders", |_, at| Ok(Some(at + 1))));
             }
             drop(none);
             all_places_are_there(store, size);
@@ -348,7 +348,7 @@ fn without_threads_connections_are_discarded_and_dropped_and_a_connect_fails() {
         client.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").unwrap_err();
         drop(client);
         drop(other);
-        store.get("orders").map_or((), drop);
+        drop(store.get("orders"));
         drop(none);
         all_places_are_there(&store, 2);
         let none = NoThreads::begin();
