@@ -95,7 +95,7 @@ fn the_code_of_the_guide_is_the_code_that_is_tried() {
         }
     }
     pieces.retain(|piece| !piece.contains("connect_tls")); // tried in `tls`
-    assert_eq!(pieces.len(), 14);
+    assert_eq!(pieces.len(), 13);
     for piece in pieces {
         let lines = piece.lines().filter(|line| !line.starts_with("use "));
         let piece = lines.collect::<Vec<_>>().join("\n");
