@@ -1,11 +1,11 @@
-//! Two projections of one stream, each event exactly once in each. Copy it, and put in your own tables.
-//! `DATABASE_URL=postgres://.. cargo run --example exactly_once`; Ctrl-C and SIGTERM end it, and `kill -9` may.
+//! Two projections of one stream, each of which applies each event exactly once. Copy it and replace the tables.
+//! Run `DATABASE_URL=postgres://.. cargo run --example exactly_once`. Stop it with Ctrl-C, SIGTERM or `kill -9`.
 
 use checkpoint_store::{PostgresCheckpointStore, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::{env, process::ExitCode, thread, time::Duration};
 
-/// Programs that start at once take turns. So do appends, for ids have to be committed in their order.
+/// The lock serializes programs that start at once. The trigger serializes appends: ids must commit in order.
 const TABLES: &str = "
     SELECT pg_advisory_xact_lock(hashtext('exactly_once'), 0);
     CREATE TABLE IF NOT EXISTS events (
@@ -19,7 +19,7 @@ const TABLES: &str = "
     INSERT INTO events (customer, amount) SELECT 'customer ' || n % 3, n FROM generate_series(1, 99) n
         WHERE NOT EXISTS (SELECT FROM events);";
 
-/// What a projection does with a batch of events.
+/// What each projection does with a batch of events.
 const TOTALS: &str = "INSERT INTO totals AS t SELECT customer, sum(amount) FROM batch GROUP BY 1
     ON CONFLICT (customer) DO UPDATE SET total = t.total + EXCLUDED.total";
 const SIZES: &str = "INSERT INTO sizes AS s SELECT amount / 100, count(*) FROM batch GROUP BY 1
@@ -54,7 +54,7 @@ fn run(url: &str) -> Result<()> {
         while !threads.iter().any(thread::ScopedJoinHandle::is_finished) {
             thread::sleep(Duration::from_millis(50));
         }
-        STOP.store(true, Ordering::Relaxed); // when one has failed the other ends too
+        STOP.store(true, Ordering::Relaxed); // if one fails, the other stops too
         threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
     })
 }

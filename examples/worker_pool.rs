@@ -1,6 +1,6 @@
-//! Few threads, many projections: each thread takes one that is behind and that no other worker has.
-//! Each event counts exactly once in each, however many threads and programs share them.
-//! `DATABASE_URL=postgres://.. cargo run --example worker_pool`; Ctrl-C and SIGTERM end it, and `kill -9` may.
+//! A few threads share many projections: each processes those that are behind and not locked by another worker.
+//! Each event is applied exactly once in each projection, with any number of threads and programs.
+//! Run `DATABASE_URL=postgres://.. cargo run --example worker_pool`. Stop it with Ctrl-C, SIGTERM or `kill -9`.
 
 use checkpoint_store::{Batch, CheckpointStore, PostgresCheckpointStore, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use std::{collections::HashMap, env, process::ExitCode, thread};
 
 const TENANTS: i64 = 30;
-const THREADS: [i64; 3] = [0, 10, 20]; // the tenant that each begins with, so that they seldom meet
+const THREADS: [i64; 3] = [0, 10, 20]; // each begins with another tenant, so that they rarely compete
 
-/// Programs that start at once take turns. So do appends, for ids have to be committed in their order.
+/// The lock serializes programs that start at once. The trigger serializes appends: ids must commit in order.
 const TABLES: &str = "
     SELECT pg_advisory_xact_lock(hashtext('worker_pool'), 0);
     CREATE TABLE IF NOT EXISTS sales (
@@ -23,8 +23,8 @@ const TABLES: &str = "
     INSERT INTO sales (tenant, amount) SELECT n % 30, n FROM generate_series(1, 900) n
         WHERE NOT EXISTS (SELECT FROM sales);";
 
-/// Applies what is the tenant's, and returns the last event that was read, whosever it is: otherwise
-/// a tenant without news would read the same events for ever.
+/// Applies the tenant's events, and returns the last event that was read, of any tenant: otherwise a tenant
+/// without new events would read the same ones again and again.
 const APPLY: &str = "
     WITH batch AS (SELECT * FROM sales WHERE id > $1 ORDER BY id LIMIT 500),
          applied AS (INSERT INTO revenue AS r
@@ -34,11 +34,11 @@ const APPLY: &str = "
 
 static STOP: AtomicBool = AtomicBool::new(false);
 
-type Failures = HashMap<i64, Instant>; // a projection that has failed pauses for a second
+type Failures = HashMap<i64, Instant>; // a projection that failed pauses for a second
 
-/// Goes once over all projections, and returns how many of them have moved.
+/// Visits each projection once, and returns how many have advanced.
 fn round(store: &PostgresCheckpointStore, first: i64, failures: &mut Failures) -> Result<usize> {
-    // Two reads find out which are behind. To take each of them would cost far more.
+    // Two reads show which projections are behind. To lock each one would cost far more.
     let head = store.connection()?.query_one("SELECT COALESCE(max(id), 0) FROM sales", &[])?;
     let (head, all): (i64, _) = (head.get(0), store.all()?.into_iter());
     let checkpoints: HashMap<_, _> = all.map(|found| (found.projection, found.offset)).collect();
@@ -59,7 +59,7 @@ fn round(store: &PostgresCheckpointStore, first: i64, failures: &mut Failures) -
                 println!("{name} is at {offset}");
                 moved += 1;
             }
-            Ok(_) => {} // another worker has it, or has done it
+            Ok(_) => {} // another worker holds it, or has applied the events
             Err(error) => {
                 eprintln!("{name} is left for a later round: {}", error.report());
                 failures.insert(tenant, Instant::now());
@@ -94,7 +94,7 @@ fn run(url: &str) -> Result<()> {
         while !threads.iter().any(thread::ScopedJoinHandle::is_finished) {
             thread::sleep(Duration::from_millis(50));
         }
-        STOP.store(true, Ordering::Relaxed); // when one has failed the others end too
+        STOP.store(true, Ordering::Relaxed); // if one fails, the others stop too
         threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
     })
 }

@@ -1,9 +1,9 @@
-//! What goes deeper than the [crate's page](crate). Documentation only.
+//! The guide: more detail than the [crate's page](crate). It contains only documentation.
 //!
-//! The chapters are the files in `src/guide/`, and can be read there too.
+//! Each chapter is also a Markdown file in `src/guide/`.
 
-// Of two definitions of a link the first one counts. Those of `links.txt` lead to a page of the
-// reference, and those at the end of a chapter, for who reads it in the repository, to another file.
+// If a link is defined twice, the first definition is used. `links.txt` links to pages of the
+// reference. The definitions at the end of a chapter link to files, for readers of the repository.
 
 #[doc = include_str!("links.txt")]
 #[cfg_attr(any(not(doctest), feature = "postgres"), doc = include_str!("exactly_once.md"))]

@@ -1,8 +1,9 @@
 //! A pool of the caller's own: its limits, what it prints, and passwords that expire.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::thread;
 use std::time::Duration;
+use std::{fs, thread};
 
 use checkpoint_store::postgres::{Client, Config, NoTls};
 use checkpoint_store::r2d2::{HandleError, ManageConnection, Pool};
@@ -29,6 +30,11 @@ impl<E: std::error::Error + Send + Sync + 'static> HandleError<E> for PrintCause
     fn handle_error(&self, error: E) {
         eprintln!("{}", Error::backend("connect", error).report()); // with its causes
     }
+}
+
+fn connect_with_token(params: &str, file: PathBuf) -> Result<PostgresCheckpointStore> {
+    let token = move || Ok(fs::read_to_string(&file)?.trim().to_owned());
+    PostgresCheckpointStore::builder().password_provider(token).connect(params)
 }
 
 struct TokenManager<F> {
@@ -129,4 +135,25 @@ fn a_pool_with_a_manager_of_its_own_takes_the_password_of_the_moment() {
     });
     let counted: i64 = admin.query_one("SELECT batches FROM counted", &[]).unwrap().get(0);
     assert_eq!(store.get("orders").unwrap(), counted);
+}
+
+#[test]
+fn a_password_that_was_rotated_is_read_anew_for_the_next_connection() {
+    let options = Options { password: Some("correct horse".to_owned()), ..Options::fast() };
+    let server = Server::start(options);
+    let mut config: Config = server.params().parse().unwrap();
+    let mut admin = config.password("correct horse").connect(NoTls).unwrap();
+    admin.batch_execute("CREATE ROLE worker LOGIN SUPERUSER PASSWORD 'token 0'").unwrap();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), "token 0\n").unwrap();
+    let params = format!("host=127.0.0.1 port={} user=worker dbname=postgres", server.port());
+    let store = connect_with_token(&params, file.path().to_owned()).unwrap();
+    store.migrate().unwrap();
+    for round in 1..=3 {
+        admin.batch_execute(&format!("ALTER ROLE worker PASSWORD 'token {round}'")).unwrap();
+        fs::write(file.path(), format!("token {round}\n")).unwrap();
+        harness::end_sessions(&mut admin);
+        store.save("orders", round).unwrap();
+    }
+    assert_eq!(store.get("orders").unwrap(), 3);
 }
