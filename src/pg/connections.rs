@@ -120,8 +120,26 @@ impl Connections {
         deadline_after(self.timeout)
     }
 
-    pub(crate) fn retries(&self, deadline: Instant) -> Retries<'_> {
+    /// The attempts of a call that begins now.
+    pub(crate) fn call(&self) -> Retries<'_> {
+        self.call_until(self.deadline())
+    }
+
+    pub(crate) fn call_until(&self, deadline: Instant) -> Retries<'_> {
         Retries::until(deadline, self.observer.as_deref())
+    }
+
+    /// Tells the observer of a call that waits for others why they wait, if no connection can be made.
+    pub(crate) fn observe_outage(
+        &self,
+        operation: &'static str,
+        subject: impl fmt::Display,
+        retries: &mut Retries<'_>,
+    ) {
+        let failure = self.logins.as_ref().and_then(|logins| logins.last_failure().clone());
+        if let Some(cause) = failure {
+            retries.observe(no_connection(operation, subject, NoConnection(cause)));
+        }
     }
 
     /// Runs a statement until it is executed or refused, or the time is over. `lost` is when an earlier
@@ -130,14 +148,13 @@ impl Connections {
         &self,
         operation: &'static str,
         subject: impl fmt::Display,
-        deadline: Instant,
+        retries: &mut Retries<'_>,
         after_loss: AfterLoss,
         mut lost: Option<Instant>,
         mut statement: impl FnMut(&mut PooledClient, Option<Instant>) -> Outcome<T>,
     ) -> Result<T> {
-        let mut retries = self.retries(deadline);
         loop {
-            let mut client = self.client(operation, &subject, &mut retries)?;
+            let mut client = self.client(operation, &subject, retries)?;
             let taken = client.taken();
             let cause = match statement(&mut client, lost) {
                 Ok(answer) => {

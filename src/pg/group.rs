@@ -5,7 +5,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem;
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::sync::{Condvar, Mutex, MutexGuard, thread_local};
 use crate::{Error, Result};
@@ -13,6 +13,9 @@ use crate::{Error, Result};
 /// Up to this many calls at once send their own statements. In a group they would wait for each
 /// other and gain nothing.
 const MAX_ALONE: usize = 8;
+
+/// How often a call that waits tells so.
+const ROUND: Duration = Duration::from_secs(1);
 
 /// What one call asks for: to set the offset, or to move it from where it is expected.
 #[derive(Debug)]
@@ -139,7 +142,8 @@ impl Group {
     ///
     /// The call waits for others no longer than until `deadline`, which is that of `together` and
     /// `alone` too. Both are called after it as well, if the turn of this call comes that late, and
-    /// then have no time to wait. If the call has no answer, `unanswered` makes its error. No lock is
+    /// then have no time to wait. While the call waits, `waiting` is called about once a second. If the call
+    /// has no answer, `unanswered` makes its error. No lock is
     /// held while they run, and what they call may write through the same store.
     pub(crate) fn write(
         &self,
@@ -147,12 +151,13 @@ impl Group {
         deadline: Instant,
         together: impl FnOnce(&[&Write]) -> Result<Stored, GroupError>,
         alone: impl FnOnce(Executed) -> Result<()>,
+        waiting: impl FnMut(),
         unanswered: impl FnOnce(Unanswered) -> Error,
     ) -> Result<()> {
         let Some(_call) = CurrentCall::begin(self) else { return alone(Executed::No) };
         let request = Arc::new(Request::new(write));
         lock(&self.queue).enter(&request);
-        let state = match self.wait(&request, deadline) {
+        let state = match self.wait(&request, deadline, waiting) {
             Ok(state) => state,
             Err(cause) => return Err(unanswered(cause)),
         };
@@ -179,19 +184,36 @@ impl Group {
         }
     }
 
-    /// Waits until the call is to send a statement, or has an outcome.
-    fn wait(&self, request: &Arc<Request>, deadline: Instant) -> Result<State, Unanswered> {
-        let mut state = lock(&request.state);
-        while matches!(*state, State::Waiting | State::Follower) {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                drop(state);
+    /// Waits until the call is to send a statement, or has an outcome. While that lasts `waiting` is called
+    /// once a second, without a lock.
+    fn wait(
+        &self,
+        request: &Arc<Request>,
+        deadline: Instant,
+        mut waiting: impl FnMut(),
+    ) -> Result<State, Unanswered> {
+        loop {
+            let round = deadline.min(Instant::now() + ROUND);
+            let mut state = lock(&request.state);
+            while matches!(*state, State::Waiting | State::Follower) {
+                let left = round.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    break;
+                }
+                let woken = request.changed.wait_timeout(state, left);
+                (state, _) = woken.unwrap_or_else(PoisonError::into_inner);
+            }
+            if !matches!(*state, State::Waiting | State::Follower) {
+                return Ok(mem::replace(&mut state, State::Alone));
+            }
+            drop(state);
+            if round == deadline {
                 return self.give_up(request);
             }
-            let woken = request.changed.wait_timeout(state, left);
-            (state, _) = woken.unwrap_or_else(PoisonError::into_inner);
+            let leaves = Leaves { group: self, request };
+            waiting();
+            mem::forget(leaves);
         }
-        Ok(mem::replace(&mut state, State::Alone))
     }
 
     /// Takes a call that timed out from the queue, unless it need not wait any longer. If its group
@@ -352,6 +374,31 @@ impl Drop for Running<'_> {
     }
 }
 
+/// A call that waits. Its drop, by a panic of what it calls meanwhile, lets it leave as if it had timed
+/// out; if it has become a leader or has had its turn, nothing is written.
+struct Leaves<'a> {
+    group: &'a Group,
+    request: &'a Arc<Request>,
+}
+
+impl Drop for Leaves<'_> {
+    fn drop(&mut self) {
+        let Ok(state) = self.group.give_up(self.request) else { return };
+        if matches!(state, State::Done(Outcome::Stored)) {
+            return;
+        }
+        let _running = Running { group: self.group, projection: &self.request.write.projection };
+        if let State::Leader(requests) = state {
+            drop(GroupEnd {
+                group: self.group,
+                followers: &requests[1..],
+                stored: Stored::new(),
+                others: Outcome::NotStored,
+            });
+        }
+    }
+}
+
 /// Ends a group when it is dropped, by a panic too: it starts the next group and gives each follower
 /// its outcome.
 struct GroupEnd<'a> {
@@ -469,6 +516,7 @@ mod tests {
                     assert!(executed == Executed::No || from.is_none(), "an advance is repeated");
                     self.apply(projection, from, to)
                 },
+                || {},
                 |cause| Error::unavailable("write", cause),
             )
         }
@@ -497,13 +545,13 @@ mod tests {
         /// A call that goes alone, and returns when it is dropped.
         fn occupy<'a>(&'a self, projection: &'a str) -> Running<'a> {
             let request = self.begin(projection);
-            assert!(matches!(self.group.wait(&request, far_away()), Ok(State::Alone)));
+            assert!(matches!(self.group.wait(&request, far_away(), || {}), Ok(State::Alone)));
             Running { group: &self.group, projection }
         }
 
         /// Lets the leader of a group send its statement and return.
         fn lead(&self, leader: &Arc<Request>) {
-            let state = self.group.wait(leader, far_away());
+            let state = self.group.wait(leader, far_away(), || {});
             let _running = Running { group: &self.group, projection: &leader.write.projection };
             let Ok(State::Leader(requests)) = state else { panic!("{state:?}") };
             let outcome = self.group.lead(&requests, |writes| Ok(self.store(writes)));
@@ -641,6 +689,7 @@ mod tests {
                     Ok(store.store(writes))
                 },
                 |_| panic!("it is the leader of a group"),
+                || {},
                 |cause| panic!("{cause}"),
             )
             .expect("saved");
@@ -698,7 +747,7 @@ mod tests {
             let [leader, follower] = ["leader", "p"].map(|name| store.begin(name));
             store.lead(&first);
             drop(alone);
-            let timed_out = store.group.wait(&follower, passed());
+            let timed_out = store.group.wait(&follower, passed(), || {});
             assert!(matches!(timed_out, Err(Unanswered::UnderWay)), "{timed_out:?}");
             assert!(store.is_occupied("p"), "a later call would be overtaken by the group");
             store.lead(&leader);
@@ -792,7 +841,10 @@ mod tests {
                     store.apply("p", None, 3)
                 };
                 let unanswered = |cause| panic!("{cause}");
-                store.group.write(write, far_away(), together, alone, unanswered).expect("saved");
+                store
+                    .group
+                    .write(write, far_away(), together, alone, || {}, unanswered)
+                    .expect("saved");
                 assert_eq!(store.memory.get("p").expect("read"), 3);
                 assert_eq!(store.memory.get("q").expect("read"), 2);
                 store.write("p", None, 4).expect("saved");
@@ -844,6 +896,7 @@ mod tests {
                                 repeated = Some(executed);
                                 Ok(())
                             },
+                            || {},
                             |cause| Error::unavailable("write", cause),
                         );
                         let refused = matches!(fault(error()), GroupError::Refused);

@@ -37,6 +37,7 @@ mod targets;
 mod transaction;
 mod unresponsive;
 
+use std::cell::RefCell;
 use std::fmt;
 use std::panic::{RefUnwindSafe, UnwindSafe};
 use std::sync::Arc;
@@ -58,7 +59,7 @@ use self::group::{Executed, Group, GroupError, Write};
 use self::identifier::Table;
 use self::migrate::{Migration, migrate};
 use self::queries::Queries;
-use self::retry::deadline_after;
+use self::retry::{Retries, deadline_after};
 use crate::store::poll;
 use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
@@ -253,7 +254,7 @@ impl PostgresCheckpointStore {
         let migration = connections.run(
             "migrate",
             format_args!("table {table}"),
-            connections.deadline(),
+            &mut connections.call(),
             AfterLoss::Repeat,
             None,
             |client, _| migrate(client, table, *updated_at_index),
@@ -315,8 +316,7 @@ impl PostgresCheckpointStore {
     /// ```
     pub fn connection(&self) -> Result<PooledClient> {
         let connections = &self.shared.connections;
-        let mut retries = connections.retries(connections.deadline());
-        connections.client("connection", "the store's pool", &mut retries)
+        connections.client("connection", "the store's pool", &mut connections.call())
     }
 
     /// How many connections the pool has, and how many of them are idle.
@@ -334,36 +334,50 @@ impl PostgresCheckpointStore {
         self.shared.connections.state()
     }
 
-    /// Writes alone, or with group commit perhaps together with others.
+    /// Writes alone, or with group commit perhaps together with others. `alone` is given when the group of the
+    /// call began to write, if its write may have been executed.
     fn write(
         &self,
         operation: &'static str,
         (projection, from, to): (&str, Option<i64>, i64),
-        alone: impl FnOnce(Instant, Option<Instant>) -> Result<()>,
+        alone: impl FnOnce(&mut Retries<'_>, Option<Instant>) -> Result<()>,
     ) -> Result<()> {
         let Shared { queries, connections, group, .. } = &*self.shared;
-        let deadline = connections.deadline();
-        let Some(group) = group else { return alone(deadline, None) };
-        let began = Instant::now();
+        let mut call = connections.call();
+        let Some(group) = group else { return alone(&mut call, None) };
+        let (began, deadline, call) = (Instant::now(), call.deadline(), RefCell::new(call));
+        let subject = queries.about(projection);
+        let together = |writes: &[&Write]| {
+            let subject = queries.about_so_many(writes.len());
+            let mut is_sent = false;
+            connections
+                .run(
+                    "group commit",
+                    subject,
+                    &mut call.borrow_mut(),
+                    AfterLoss::Fail,
+                    None,
+                    |client, _| {
+                        is_sent = true;
+                        queries.write_together(client, writes)
+                    },
+                )
+                .map_err(|error| match error {
+                    Error::Unavailable { .. } if is_sent => GroupError::Lost(error),
+                    Error::Unavailable { .. } => GroupError::NotSent(error),
+                    _ => GroupError::Refused,
+                })
+        };
         group.write(
             Write { projection: projection.to_owned(), from, to },
             deadline,
-            |writes| {
-                let subject = queries.about_so_many(writes.len());
-                let mut is_sent = false;
-                connections
-                    .run("group commit", subject, deadline, AfterLoss::Fail, None, |client, _| {
-                        is_sent = true;
-                        queries.write_together(client, writes)
-                    })
-                    .map_err(|error| match error {
-                        Error::Unavailable { .. } if is_sent => GroupError::Lost(error),
-                        Error::Unavailable { .. } => GroupError::NotSent(error),
-                        _ => GroupError::Refused,
-                    })
+            together,
+            |executed| {
+                let lost = (executed == Executed::Unknown).then_some(began);
+                alone(&mut call.borrow_mut(), lost)
             },
-            |executed| alone(deadline, (executed == Executed::Unknown).then_some(began)),
-            |cause| no_connection(operation, queries.about(projection), cause),
+            || connections.observe_outage(operation, subject, &mut call.borrow_mut()),
+            |cause| no_connection(operation, subject, cause),
         )
     }
 
@@ -371,18 +385,18 @@ impl PostgresCheckpointStore {
         &self,
         operation: &'static str,
         projection: &str,
-        deadline: Instant,
+        call: &mut Retries<'_>,
     ) -> Result<Option<Checkpoint>> {
         validate_projection(projection)?;
         let Shared { queries, connections, .. } = &*self.shared;
         let subject = queries.about(projection);
-        connections.run(operation, subject, deadline, AfterLoss::Repeat, None, |client, _| {
+        connections.run(operation, subject, call, AfterLoss::Repeat, None, |client, _| {
             queries.find(client, projection)
         })
     }
 
-    fn deadline(&self) -> Instant {
-        self.shared.connections.deadline()
+    fn call(&self) -> Retries<'_> {
+        self.shared.connections.call()
     }
 
     /// What tells stores apart, and not the handles on one.
@@ -406,13 +420,13 @@ impl RefUnwindSafe for PostgresCheckpointStore {}
 
 impl CheckpointStore for PostgresCheckpointStore {
     fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
-        self.read("find", projection, self.deadline())
+        self.read("find", projection, &mut self.call())
     }
 
     fn all(&self) -> Result<Vec<Checkpoint>> {
         let Shared { queries, connections, .. } = &*self.shared;
         let subject = format_args!("table {}", queries.table);
-        connections.run("all", subject, self.deadline(), AfterLoss::Repeat, None, |client, _| {
+        connections.run("all", subject, &mut self.call(), AfterLoss::Repeat, None, |client, _| {
             queries.all(client)
         })
     }
@@ -422,9 +436,9 @@ impl CheckpointStore for PostgresCheckpointStore {
         validate_offset(offset)?;
         self.refuse_inside_the_closure("save")?;
         let Shared { queries, connections, .. } = &*self.shared;
-        self.write("save", (projection, None, offset), |deadline, lost| {
+        self.write("save", (projection, None, offset), |call, lost| {
             let subject = queries.about(projection);
-            connections.run("save", subject, deadline, AfterLoss::Repeat, lost, |client, lost| {
+            connections.run("save", subject, call, AfterLoss::Repeat, lost, |client, lost| {
                 match lost {
                     None => queries.save(client, projection, offset),
                     Some(lost) => queries.save_again(client, &[(projection, offset)], lost),
@@ -437,10 +451,10 @@ impl CheckpointStore for PostgresCheckpointStore {
         validate_advance(projection, from, to)?;
         self.refuse_inside_the_closure("advance")?;
         let Shared { queries, connections, .. } = &*self.shared;
-        self.write("advance", (projection, Some(from), to), |deadline, _| {
+        self.write("advance", (projection, Some(from), to), |call, _| {
             let subject = queries.about(projection);
             connections
-                .run("advance", subject, deadline, AfterLoss::Fail, None, |client, _| {
+                .run("advance", subject, call, AfterLoss::Fail, None, |client, _| {
                     queries.advance(client, projection, from, to)
                 })?
                 .or_conflict(projection, from)
@@ -455,7 +469,7 @@ impl CheckpointStore for PostgresCheckpointStore {
         connections.run(
             "delete",
             subject,
-            self.deadline(),
+            &mut self.call(),
             AfterLoss::Repeat,
             None,
             |client, lost| match lost {
@@ -466,7 +480,7 @@ impl CheckpointStore for PostgresCheckpointStore {
     }
 
     fn get(&self, projection: &str) -> Result<i64> {
-        let found = self.read("get", projection, self.deadline())?;
+        let found = self.read("get", projection, &mut self.call())?;
         Ok(found.map_or(0, |checkpoint| checkpoint.offset))
     }
 
@@ -481,7 +495,7 @@ impl CheckpointStore for PostgresCheckpointStore {
         connections.run(
             "save_many",
             subject,
-            self.deadline(),
+            &mut self.call(),
             AfterLoss::Repeat,
             None,
             |client, lost| match lost {
@@ -498,9 +512,10 @@ impl CheckpointStore for PostgresCheckpointStore {
         validate_projection(projection)?;
         validate_offset(offset)?;
         let deadline = deadline_after(timeout);
+        let mut call = self.shared.connections.call_until(deadline);
         poll(timeout, || {
-            let deadline = deadline.max(deadline_after(LAST_QUESTION));
-            let found = self.read("wait_for", projection, deadline)?;
+            call.extend(deadline.max(deadline_after(LAST_QUESTION)));
+            let found = self.read("wait_for", projection, &mut call)?;
             Ok(found.map_or(0, |checkpoint| checkpoint.offset) >= offset)
         })
     }

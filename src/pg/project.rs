@@ -254,7 +254,7 @@ impl PostgresCheckpointStore {
             apply(tx, offset)
         };
         let mut attempt = Attempt::new(queries, projection, while_taken);
-        let mut retries = connections.retries(connections.deadline());
+        let mut retries = connections.call();
         let mut has_prepared_again = false;
         loop {
             let mut client = connections.client("begin", subject, &mut retries)?;
@@ -592,8 +592,8 @@ fn exceeded_limit(tx: &mut Transaction<'_>, ran: Duration) -> Outcome<Option<Str
         let limit = Duration::from_millis(setting.parse().unwrap_or(0));
         if !limit.is_zero() && limit <= ran {
             return Ok(Some(format!(
-                "the server's {name} is {limit:?}, and the closure ran for {ran:.1?}; apply fewer events in \
-                 a batch, or set a longer limit"
+                "the closure ran for {ran:.1?}, and the server's {name} is {limit:?}; apply fewer events in a \
+                 batch, or set a longer limit"
             )));
         }
     }
