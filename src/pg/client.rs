@@ -14,7 +14,10 @@ use super::prepared::name_the_pooler;
 use super::session::{Cached, Parameters, Query, Session, StatementCache, Uncached, is_stale};
 
 /// A connection that was used less than this time ago is used without a test.
-const TRUSTED: Duration = Duration::from_secs(1);
+pub(crate) const TRUSTED: Duration = Duration::from_secs(1);
+/// The same before a write that is repeated only if the row shows that this undoes nothing: what is lost
+/// before anything was sent needs no proof.
+pub(crate) const TRUSTED_BEFORE_A_WRITE: Duration = Duration::from_millis(25);
 
 /// A connection of the store's pool; made by
 /// [`connection`](super::PostgresCheckpointStore::connection). It is a [`postgres::Client`], and goes
@@ -136,11 +139,11 @@ impl PooledClient {
 
     /// Whether it may be lost, or lead to a server that has become read-only. To find that out before
     /// anything is sent costs a round trip; afterwards it may be unknown whether a write was executed.
-    pub(crate) fn is_suspect(&mut self) -> bool {
+    pub(crate) fn is_suspect(&mut self, trusted: Duration) -> bool {
         let (Usage(times), taken) = (*self.kept(), self.taken);
         self.may_be_read_only()
             || times.is_none_or(|Times { last_used, .. }| {
-                taken.saturating_duration_since(last_used) >= TRUSTED
+                taken.saturating_duration_since(last_used) >= trusted
                     || !self.history.loss.is_before(last_used)
             })
     }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use postgres::Client;
 use r2d2::ManageConnection;
 
-use super::client::{History, PooledClient};
+use super::client::{History, PooledClient, TRUSTED, TRUSTED_BEFORE_A_WRITE};
 use super::close::close;
 use super::connect::Connector;
 use super::connect_error::ConnectError;
@@ -44,8 +44,10 @@ pub(crate) struct Connections {
 /// What a statement may do after it was lost with its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum AfterLoss {
-    /// Run again: it reads, or it finds out whether it has been executed.
+    /// Run again: it only reads, or does the same however often it runs.
     Repeat,
+    /// Run again as a statement that finds out whether it may.
+    RepeatIfUnwritten,
     /// Be reported: it may have been executed.
     Fail,
 }
@@ -154,7 +156,11 @@ impl Connections {
         mut statement: impl FnMut(&mut PooledClient, Option<Instant>) -> Outcome<T>,
     ) -> Result<T> {
         loop {
-            let mut client = self.client(operation, &subject, retries)?;
+            let trusted = match after_loss {
+                AfterLoss::RepeatIfUnwritten => TRUSTED_BEFORE_A_WRITE,
+                AfterLoss::Repeat | AfterLoss::Fail => TRUSTED,
+            };
+            let mut client = self.client_trusted_for(trusted, operation, &subject, retries)?;
             let taken = client.taken();
             let cause = match statement(&mut client, lost) {
                 Ok(answer) => {
@@ -179,6 +185,16 @@ impl Connections {
     /// answer. A connection that fails its test is not an attempt of the call.
     pub(crate) fn client(
         &self,
+        operation: &'static str,
+        subject: impl fmt::Display,
+        retries: &mut Retries<'_>,
+    ) -> Result<PooledClient> {
+        self.client_trusted_for(TRUSTED, operation, subject, retries)
+    }
+
+    fn client_trusted_for(
+        &self,
+        trusted: Duration,
         operation: &'static str,
         subject: impl fmt::Display,
         retries: &mut Retries<'_>,
@@ -223,7 +239,7 @@ impl Connections {
                 return Ok(client);
             }
             let mut client = self.lend(loan);
-            if !client.is_suspect() {
+            if !client.is_suspect(trusted) {
                 return Ok(client);
             }
             if client.is_presumed_dead() {

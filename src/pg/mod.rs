@@ -94,7 +94,7 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 ///
 /// | What happens to a connection | What the store does |
 /// |---|---|
-/// | It was not used for a second, or not since another connection was lost or was found to lead to a read-only server. | It is tested first, at the price of a round trip, and replaced if it does not answer within 2 seconds. |
+/// | It was not used for a second, or not since another connection was lost or was found to lead to a read-only server. | It is tested first, at the price of a round trip, and replaced if it does not answer within 2 seconds. Before `save`, `save_many` and `delete` it is tested if it was not used for 25 milliseconds, because a loss that is found before anything was sent is never in doubt. |
 /// | It is lost during `find`, `get` or `all`. | The operation runs again on another connection. |
 /// | It is lost during `save`, `save_many` or `delete`. | The operation runs again if the checkpoint shows that no other client has written it since the first attempt began. Otherwise it returns [`Unavailable`](Error::Unavailable): the outcome is unknown. A checkpoint that does not exist shows nothing, so the first `save` of a projection is not repeated. |
 /// | It is lost during `advance`. | It returns [`Unavailable`](Error::Unavailable): read the offset again. |
@@ -438,12 +438,17 @@ impl CheckpointStore for PostgresCheckpointStore {
         let Shared { queries, connections, .. } = &*self.shared;
         self.write("save", (projection, None, offset), |call, lost| {
             let subject = queries.about(projection);
-            connections.run("save", subject, call, AfterLoss::Repeat, lost, |client, lost| {
-                match lost {
+            connections.run(
+                "save",
+                subject,
+                call,
+                AfterLoss::RepeatIfUnwritten,
+                lost,
+                |client, lost| match lost {
                     None => queries.save(client, projection, offset),
                     Some(lost) => queries.save_again(client, &[(projection, offset)], lost),
-                }
-            })
+                },
+            )
         })
     }
 
@@ -470,7 +475,7 @@ impl CheckpointStore for PostgresCheckpointStore {
             "delete",
             subject,
             &mut self.call(),
-            AfterLoss::Repeat,
+            AfterLoss::RepeatIfUnwritten,
             None,
             |client, lost| match lost {
                 None => queries.delete(client, projection),
@@ -496,7 +501,7 @@ impl CheckpointStore for PostgresCheckpointStore {
             "save_many",
             subject,
             &mut self.call(),
-            AfterLoss::Repeat,
+            AfterLoss::RepeatIfUnwritten,
             None,
             |client, lost| match lost {
                 None => queries.save_many(client, checkpoints),

@@ -163,7 +163,7 @@ fn a_standby_reached_by_mistake_is_a_clear_error() {
     writer.save("orders", 42).unwrap();
 
     let store = PostgresCheckpointStore::builder()
-        .connection_timeout(Duration::from_secs(2))
+        .connection_timeout(Duration::from_secs(6))
         .connect(&params(&[&standby, &primary]))
         .unwrap();
     wait_until("the standby has it", || store.get("orders").is_ok_and(|offset| offset == 42));

@@ -111,6 +111,7 @@ fn a_provider_that_fails_for_a_while_is_waited_for() {
     away.store(false, Ordering::SeqCst);
     let store = builder.connect(&params(&server)).unwrap();
     store.migrate().unwrap();
+    store.save("orders", 0).unwrap();
     away.store(true, Ordering::SeqCst);
     harness::end_sessions(&mut admin(&server));
     thread::scope(|scope| {
@@ -194,6 +195,7 @@ fn a_store_whose_provider_hangs_does_not_ask_it_for_ever() {
     .connect(&format!("{} connect_timeout=1", params(&server)))
     .unwrap();
     store.migrate().unwrap();
+    (0..6).for_each(|worker| store.save(&format!("worker {worker}"), 0).unwrap());
     let before = asked.load(Ordering::SeqCst);
     hangs.store(true, Ordering::SeqCst);
     harness::end_sessions(&mut admin(&server));
