@@ -102,12 +102,9 @@ impl<'a> Retries<'a> {
             Next::Reconnect => self.reconnect.next(),
             Next::Repeat => self.repeat.next(),
         };
-        let left = self.left();
-        if left.is_zero() {
-            return Err(self.last(error));
-        }
+        let Some(pause) = self.in_time(pause) else { return Err(self.last(error)) };
         self.observe(error);
-        Ok(pause.min(left))
+        Ok(pause)
     }
 
     /// The same after an attempt for which there was no connection, so that nothing was sent.
@@ -116,24 +113,30 @@ impl<'a> Retries<'a> {
         error: Error,
         next: Next,
     ) -> Result<Duration, Error> {
-        let (pause, left) = (self.reconnect.next().max(self.reconnect.first), self.left());
-        if next == Next::Fail || left.is_zero() {
+        let pause = self.reconnect.next().max(self.reconnect.first);
+        let Some(pause) = self.in_time(pause).filter(|_| next != Next::Fail) else {
             return Err(self.last_without_a_connection(error));
-        }
+        };
         self.observe(error);
-        Ok(pause.min(left))
+        Ok(pause)
     }
 
     /// The same after a COMMIT that was not answered. Until its outcome is known the call ends with this
     /// error, whatever follows.
     pub(crate) fn after_a_doubt(&mut self, error: Error) -> Result<Duration, Error> {
-        let (pause, left) = (self.reconnect.next(), self.left());
-        if left.is_zero() {
-            return Err(error);
-        }
+        let pause = self.reconnect.next();
+        let Some(pause) = self.in_time(pause) else { return Err(error) };
         self.tell(&error);
         self.in_doubt = Some(error);
-        Ok(pause.min(left))
+        Ok(pause)
+    }
+
+    /// The pause, or as much of it as leaves half of the time to the attempt that follows; `None` if the
+    /// time is as good as over.
+    fn in_time(&self, pause: Duration) -> Option<Duration> {
+        const SHORTEST_ATTEMPT: Duration = Duration::from_millis(100);
+        let left = self.left();
+        (left > SHORTEST_ATTEMPT).then(|| pause.min(left / 2))
     }
 
     /// The COMMIT in doubt is known not to have been executed, so its error says no more than why the
