@@ -102,13 +102,12 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
-    /// Whether [`migrate`](PostgresCheckpointStore::migrate) also makes an index on `updated_at`.
-    /// The default is `false`.
+    /// Whether [`migrate`](PostgresCheckpointStore::migrate) also creates an index on `updated_at`. The default
+    /// is `false`.
     ///
-    /// The index serves a query that looks for stale checkpoints among very many. It has a price
-    /// on every save: none is a heap-only (HOT) update any more. On PostgreSQL 15, 200,000 saves
-    /// of 10 projections wrote 1.75 times the WAL, and table and indexes grew to 13 MB rather than
-    /// 0.9 MB.
+    /// The index serves a query that looks for stale checkpoints among very many. With it no save is a
+    /// heap-only (HOT) update any more: on PostgreSQL 15, 200,000 saves of 10 projections wrote 1.75 times the
+    /// WAL, and table and indexes grew to 13 MB rather than 0.9 MB (`benches/storage.rs`).
     ///
     /// # Examples
     ///
@@ -121,37 +120,32 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
-    /// Whether pooled operations keep prepared statements with their connections, rather than send
-    /// each statement's text anew. The default is `false`.
+    /// Whether pooled operations use prepared statements, which are kept with their connections, instead of
+    /// sending the text of each statement. The default is `false`.
     ///
-    /// It saves the server the parsing and planning of every call.
+    /// This saves the server the parsing and planning of every call. A statement that the server has forgotten,
+    /// or would not run because the table has changed, is prepared again. Operations in the caller's
+    /// transaction are not prepared.
     ///
-    /// # Not with a pooler that hands out connections by the transaction
+    /// # Poolers
     ///
-    /// The `postgres` crate calls its statements `s0`, `s1` and so on, in every program. Where two
-    /// programs come upon one server session, a statement may not be there (70 percent of the
-    /// calls fail through `PgBouncer` 1.18), and worse, **`s0` may be the other program's, and
-    /// run**: writes went to its table without an error.
+    /// Do not use it with a pooler that assigns a server session to each transaction. The `postgres` crate names
+    /// its statements `s0`, `s1` and so on, in every program. If two programs meet in one server session, a
+    /// statement may be missing (70 percent of the calls fail through `PgBouncer` 1.18), or worse, **`s0` may be
+    /// the other program's, and be executed**: writes went to the table of the other program without an error.
     ///
-    /// * `connect` and `connect_tls` look whether a second connection sees what the first one has
-    ///   prepared, and each new connection of the pool looks for names of that kind, which a new
-    ///   session cannot have. Then they, and from then on every operation of the store, fail with
-    ///   [`Backend`](crate::Error::Backend), not transient.
-    /// * A name that is taken, and a statement that is gone again right after it was prepared
-    ///   anew, are the same error. Stop the program then: there is a pooler.
-    /// * What cannot be seen: a pooler so busy that no new connection of yours comes upon a
-    ///   session with such statements, in the time before one runs where it should not. Nor is
-    ///   anything looked for on the connections of a pool given to
+    /// * `connect` checks whether a second connection sees what the first one has prepared, and each new
+    ///   connection of the pool checks for names of that kind, which a new session cannot have. If they are
+    ///   found, `connect` and every later operation of the store fail with [`Backend`](crate::Error::Backend), not
+    ///   transient.
+    /// * A name that is taken, and a statement that is gone again immediately after it was prepared, give the
+    ///   same error. Stop the program then: there is a pooler.
+    /// * A pooler that is so busy that no new connection of yours meets such a session cannot be detected.
+    ///   Nothing is checked on the connections of a pool given to
     ///   [`build`](PostgresCheckpointStoreBuilder::build).
     ///
-    /// So turn it on where you know the way to the server. `PgBouncer` in session mode is fine,
-    /// and so is a pooler that gives the statements names of its own, as `PgBouncer` 1.21 and
-    /// later does with `max_prepared_statements` above 0.
-    ///
-    /// # Statements that were forgotten
-    ///
-    /// A statement that the server has forgotten, or would not run again because the table has
-    /// changed, is prepared anew. Operations in the caller's transaction are not prepared.
+    /// `PgBouncer` in session mode is fine, and so is a pooler that gives the statements names of its own, such as
+    /// `PgBouncer` 1.21 and later with `max_prepared_statements` above 0.
     ///
     /// # Examples
     ///
@@ -164,20 +158,19 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
-    /// Whether pooled `save` and `advance` that wait at the same time share one statement and one
-    /// flush of the database's log. The default is `false`.
+    /// Whether pooled `save` and `advance` calls that wait at the same time share one statement and one flush of
+    /// the database's log. The default is `false`.
     ///
-    /// It pays with many threads that save often, each a projection of its own, and a disk to wait for;
-    /// a [`Checkpointer`](crate::Checkpointer) in each gains too. It does nothing for few threads, because
-    /// up to 8 calls at once go alone, for rare saves, and for what is saved in a transaction. The
+    /// It helps many threads that save often, each its own projection, on a durable database, also with a
+    /// [`Checkpointer`](crate::Checkpointer) in each. It does nothing for few threads, because up to 8 calls at
+    /// once are sent alone, for rare saves, and for saves in a transaction. The
     /// [guide](crate::guide::threads#group-commit) has figures.
     ///
-    /// A call returns when its own offset is durable, and its answer is the one that it would have had
-    /// alone. Nobody pays for anybody else: a row that another transaction holds delays those who want that
-    /// row, and a write that the database refuses is that caller's error. When the connection is lost under
-    /// a group, each `advance` in it is [`Unavailable`](crate::Error::Unavailable), and each `save` is
-    /// repeated. Two calls on one projection keep their order. While the server is away, a call that waits
-    /// behind others may take twice the
+    /// A call returns when its own offset is durable, with the answer that it would have had alone. A row that
+    /// another transaction has locked delays only the calls on that row, and a write that the database refuses is
+    /// an error of its caller only. Two calls on one projection keep their order. If the connection is lost during
+    /// a shared statement, each `advance` in it is [`Unavailable`](crate::Error::Unavailable), and each `save` is
+    /// repeated as it is without group commit. A call that waits for others does not wait beyond its own
     /// [`connection_timeout`](PostgresCheckpointStoreBuilder::connection_timeout).
     ///
     /// # Examples
@@ -191,11 +184,11 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
-    /// The size of the pool that `connect` and `connect_tls` make. The default is 10.
+    /// The size of the pool that `connect`, `connect_tls` and `connect_config` create. The default is 10.
     ///
-    /// Connections are opened as they are needed. 1 to 262,143, which is what PostgreSQL can have;
-    /// `connect` refuses other numbers. The pool given to
-    /// [`build`](PostgresCheckpointStoreBuilder::build) keeps the size it has.
+    /// Connections are opened as they are needed. The size is 1 to 262,143, which is what PostgreSQL can have;
+    /// `connect` refuses other numbers. A pool given to [`build`](PostgresCheckpointStoreBuilder::build) keeps its
+    /// size.
     ///
     /// # Examples
     ///
@@ -208,13 +201,11 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
-    /// How long an operation waits for a connection, and tries again after a lost one. The default is
-    /// 30 seconds, or with [`build`](PostgresCheckpointStoreBuilder::build) the `connection_timeout`
-    /// of that pool.
+    /// The time limit of each call: how long it waits for a connection and retries. The default is 30 seconds, or
+    /// with [`build`](PostgresCheckpointStoreBuilder::build) the `connection_timeout` of that pool.
     ///
-    /// So long does an operation, and a program that is to end, hang on to a server that is away. It
-    /// does not bound how long a server takes for an answer. More than zero: `connect` and `build`
-    /// refuse it otherwise.
+    /// A program that is to end waits this long for a server that is away. It does not limit how long a server
+    /// takes to answer; see [time limits](PostgresCheckpointStore#time-limits). `connect` and `build` refuse zero.
     ///
     /// # Examples
     ///
@@ -307,8 +298,8 @@ impl PostgresCheckpointStoreBuilder {
     /// hold a password (`password=`, `pwd=`, `token=` and the like), because a server would repeat it.
     /// Without `user` it is the operating system's user.
     ///
-    /// One connection is made, and closed, before this returns, so that what is wrong is named at
-    /// once.
+    /// One connection is made before this returns, so that what is wrong is named at once. It becomes the first
+    /// of the pool.
     ///
     /// # Hosts and time limits
     ///
@@ -328,34 +319,33 @@ impl PostgresCheckpointStoreBuilder {
     /// refused, such as a password, decides whether the error is transient, wherever that host stands
     /// in the list.
     ///
-    /// Where the parameters have no value, or the default of `postgres`, these are set:
-    /// `connect_timeout` 4 seconds per address, `tcp_user_timeout` 10 seconds, `keepalives_idle` 10
-    /// seconds, `keepalives_interval` 3 seconds, `keepalives_retries` 3.
+    /// Unless the parameters set them, or set them to the defaults of `postgres`, these are used:
+    /// `connect_timeout` 4 seconds per address, `tcp_user_timeout` 10 seconds, `keepalives_idle` 10 seconds,
+    /// `keepalives_interval` 3 seconds, `keepalives_retries` 3.
     ///
-    /// # When the network goes away
+    /// # When the network is down
     ///
-    /// Every operation ends as [`Unavailable`](crate::Error::Unavailable), and works again when
-    /// the network does. With the values above, and the link to the server taken down: `connect`
-    /// within 4 seconds per address; `advance`, and any operation in a transaction on one of the
-    /// pool's connections, after 10; the others after 30, for they are tried again until then.
-    /// The longest that any of them can take is 50 seconds: 30, and then 20 until TCP gives up on
-    /// an answer that is outstanding. A connection of your own, not from
-    /// [`connection`](PostgresCheckpointStore::connection), has the bounds that you gave it, by
-    /// default none.
+    /// Every operation ends with [`Unavailable`](crate::Error::Unavailable), and works again when the network
+    /// does. With the values above and the link to the server down, `connect` fails within 4 seconds per address;
+    /// `advance`, and any operation in a transaction on one of the pool's connections, after 10; the others after
+    /// 30, because they retry until then. The longest that any of them can take is 50 seconds: 30, and then 20
+    /// until TCP gives up on an outstanding answer. Behind `PgBouncer` it is its `query_wait_timeout`, 120 seconds
+    /// by default, if that is longer. A connection of your own, not from
+    /// [`connection`](PostgresCheckpointStore::connection), has the limits that you set, by default none.
     ///
-    /// The server does not notice as soon: what a lost client's transaction has locked stays
-    /// locked until the server's own `tcp_keepalives_idle`, two hours by default, or its
-    /// `idle_in_transaction_session_timeout`. Set one of them there.
+    /// The server does not notice as soon. What a lost client's transaction has locked stays locked until the
+    /// server's own `tcp_keepalives_idle`, two hours by default, or its `idle_in_transaction_session_timeout`. Set
+    /// one of them there.
     ///
-    /// # When the server stands still
+    /// # When the server is frozen
     ///
-    /// A server that is stopped, or waits for a dead disk, while its kernel still acknowledges
-    /// what is sent, looks alive to TCP. `connect` fails after 5 seconds per address, and an operation
-    /// that needs a new connection fails after 30; **an operation that has a connection waits until the server goes on**, and then succeeds.
-    /// The `postgres` crate has no time-out for an answer, `statement_timeout` is the server's to
-    /// keep, and a request to cancel would wait as well. Where that is not good enough let a
-    /// watchdog end the process once the projection has made no progress for too long: nothing
-    /// that was acknowledged is lost by that, and no more is done twice than by any other crash.
+    /// A server that is stopped, or that waits for a dead disk, while its kernel still acknowledges what is sent,
+    /// looks alive to TCP. `connect` fails after 5 seconds per address, and a call that needs a new connection
+    /// fails after 30. **A call whose statement has been sent waits until the server continues**, and then
+    /// succeeds. The `postgres` crate has no time-out for an answer, `statement_timeout` is enforced by the server,
+    /// and a request to cancel would wait as well. If that is not good enough, let a watchdog end the process once
+    /// the projection has made no progress for too long: nothing that was acknowledged is lost by that, and no more
+    /// is repeated than after any other crash.
     ///
     /// # Panics
     ///
@@ -383,8 +373,8 @@ impl PostgresCheckpointStoreBuilder {
         self.connect_tls(params, NoTls)
     }
 
-    /// As [`connect`](PostgresCheckpointStoreBuilder::connect), through the given TLS connector:
-    /// that of `postgres-native-tls`, `postgres-openssl` or `tokio-postgres-rustls`, say.
+    /// Like [`connect`](PostgresCheckpointStoreBuilder::connect), with the given TLS connector, for example that
+    /// of `postgres-native-tls`, `postgres-openssl` or `tokio-postgres-rustls`.
     ///
     /// TLS is used if the server offers it. Put `sslmode=require` into the parameters to refuse
     /// anything else.
