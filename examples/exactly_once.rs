@@ -1,7 +1,7 @@
 //! Two projections of one stream, each of which applies each event exactly once. Copy it and replace the tables.
 //! Run `DATABASE_URL=postgres://.. cargo run --example exactly_once`. Stop it with Ctrl-C, SIGTERM or `kill -9`.
 
-use checkpoint_store::{PostgresCheckpointStore, Result};
+use checkpoint_store::{PostgresCheckpointStore, Result, Retry};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::{env, process::ExitCode, thread, time::Duration};
 
@@ -44,8 +44,15 @@ fn project(store: &PostgresCheckpointStore, name: &str, apply: &str) -> Result<(
     Ok(())
 }
 
+/// At the first retry of a call, and then at every tenth.
+fn say_what_it_waits_for(retry: &Retry<'_>) {
+    if retry.attempt % 10 == 1 {
+        eprintln!("retries for {:.0?}: {}", retry.elapsed, retry.error.report());
+    }
+}
+
 fn run(url: &str) -> Result<()> {
-    let store = &PostgresCheckpointStore::connect(url)?;
+    let store = &PostgresCheckpointStore::builder().on_retry(say_what_it_waits_for).connect(url)?;
     store.migrate()?;
     store.connection()?.batch_execute(TABLES)?;
     thread::scope(|scope| {
