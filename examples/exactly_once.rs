@@ -47,7 +47,7 @@ fn project(store: &PostgresCheckpointStore, name: &str, apply: &str) -> Result<(
 /// At the first retry of a call, and then at every tenth.
 fn say_what_it_waits_for(retry: &Retry<'_>) {
     if retry.attempt % 10 == 1 {
-        eprintln!("retries for {:.0?}: {}", retry.elapsed, retry.error.report());
+        eprintln!("retry after {:.1} s: {}", retry.elapsed.as_secs_f32(), retry.error.report());
     }
 }
 
