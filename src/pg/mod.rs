@@ -425,10 +425,14 @@ impl CheckpointStore for PostgresCheckpointStore {
 
     fn all(&self) -> Result<Vec<Checkpoint>> {
         let Shared { queries, connections, .. } = &*self.shared;
-        let subject = format_args!("table {}", queries.table);
-        connections.run("all", subject, &mut self.call(), AfterLoss::Repeat, None, |client, _| {
-            queries.all(client)
-        })
+        connections.run(
+            "all",
+            format_args!("table {}", queries.table),
+            &mut self.call(),
+            AfterLoss::Repeat,
+            None,
+            |client, _| queries.all(client),
+        )
     }
 
     fn save(&self, projection: &str, offset: i64) -> Result<()> {

@@ -290,7 +290,7 @@ impl PostgresCheckpointStore {
                 }
                 Failed::InDoubt(cause) => {
                     client.check_in_after(cause.as_ref());
-                    let subject = format_args!("{subject}, and the batch may be committed");
+                    let subject = format!("{subject}, and the batch may be committed");
                     thread::sleep(retries.after_a_doubt(failure("commit", subject, cause))?);
                     continue;
                 }
