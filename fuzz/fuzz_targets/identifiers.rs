@@ -10,8 +10,13 @@ use sqlparser::dialect::PostgreSqlDialect;
 use sqlparser::keywords::Keyword;
 use sqlparser::tokenizer::{Token, Tokenizer, Word};
 
-// The module under test is not public, and takes these two from its crate's root.
-use checkpoint_store::{Error, Result};
+/// The module under test is not public, and takes these two from its crate's root.
+#[derive(Debug)]
+#[expect(dead_code, reason = "it is only made")]
+enum Error {
+    InvalidIdentifier { identifier: String, reason: &'static str },
+}
+type Result<T> = std::result::Result<T, Error>;
 
 #[expect(dead_code, reason = "not all of it puts a name into SQL")]
 #[path = "../../src/pg/identifier.rs"]
@@ -19,19 +24,28 @@ mod identifier;
 use identifier::Table;
 
 const SCHEMA_FILE: &str = include_str!("../../sql/create_schema.sql");
-const TABLE_FILES: [&str; 13] = [
+const TABLE_FILES: [&str; 22] = [
+    include_str!("../../sql/absent.sql"),
     include_str!("../../sql/advance.sql"),
     include_str!("../../sql/advance_or_find.sql"),
     include_str!("../../sql/all.sql"),
     include_str!("../../sql/create_table.sql"),
     include_str!("../../sql/create_updated_at_index.sql"),
     include_str!("../../sql/delete.sql"),
+    include_str!("../../sql/delete_again.sql"),
     include_str!("../../sql/find.sql"),
     include_str!("../../sql/lock.sql"),
+    include_str!("../../sql/lock_absent.sql"),
     include_str!("../../sql/lock_new.sql"),
+    include_str!("../../sql/project_create.sql"),
+    include_str!("../../sql/project_lock.sql"),
+    include_str!("../../sql/project_save.sql"),
+    include_str!("../../sql/project_try_lock.sql"),
     include_str!("../../sql/save.sql"),
+    include_str!("../../sql/save_again.sql"),
     include_str!("../../sql/save_many.sql"),
     include_str!("../../sql/try_lock.sql"),
+    include_str!("../../sql/try_lock_absent.sql"),
     include_str!("../../sql/write_together.sql"),
 ];
 
