@@ -11,7 +11,7 @@ use postgres::{Client, Row};
 use super::errors::{ErrorClass, Outcome};
 use super::pool::{Loan, Peer, Pool};
 use super::prepared::name_the_pooler;
-use super::session::{Cached, Parameters, Query, Session, StatementCache, Uncached, is_stale};
+use super::session::{Cached, Parameters, Query, Session, StatementCache, is_stale};
 
 /// A connection that was used less than this time ago is used without a test.
 pub(crate) const TRUSTED: Duration = Duration::from_secs(1);
@@ -224,34 +224,30 @@ pub(crate) fn takes_writes(client: &mut Client) -> Result<bool, postgres::Error>
 /// With prepared statements if the store wants them.
 impl Session for PooledClient {
     fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
-        if !self.prepares {
-            return Uncached(&mut **self).query(query, parameters);
-        }
-        with_statement_cache(self, |mut session| session.query(query, parameters))
+        self.run(|mut session| session.query(query, parameters))
     }
 
     fn execute(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<u64> {
-        if !self.prepares {
-            return Uncached(&mut **self).execute(query, parameters);
-        }
-        with_statement_cache(self, |mut session| session.execute(query, parameters))
+        self.run(|mut session| session.execute(query, parameters))
     }
 }
 
-/// Runs a statement with the cache of the connection. One that the server has forgotten, or would not run
-/// again, was not executed; so it is prepared again and runs once more.
-fn with_statement_cache<T>(
-    client: &mut PooledClient,
-    run_statement: impl Fn(Cached<'_, Client>) -> Outcome<T>,
-) -> Outcome<T> {
-    let mut cache = mem::take(client.kept::<StatementCache>());
-    let mut outcome = run_statement(Cached { client, cache: &mut cache });
-    if outcome.as_ref().is_err_and(|cause| is_stale(cause.as_ref())) {
-        cache = StatementCache::default();
-        outcome = run_statement(Cached { client, cache: &mut cache });
+impl PooledClient {
+    /// Runs a statement with the cache of the connection. One that the server has forgotten, or would not run
+    /// again, was not executed; so it is prepared again and runs once more.
+    fn run<T>(&mut self, statement: impl Fn(Cached<'_, Client>) -> Outcome<T>) -> Outcome<T> {
+        if !self.prepares {
+            return statement(Cached { client: self, cache: None });
+        }
+        let mut cache = mem::take(self.kept::<StatementCache>());
+        let mut outcome = statement(Cached { client: self, cache: Some(&mut cache) });
+        if outcome.as_ref().is_err_and(|cause| is_stale(cause.as_ref())) {
+            cache = StatementCache::default();
+            outcome = statement(Cached { client: self, cache: Some(&mut cache) });
+        }
+        *self.kept() = cache;
+        outcome.map_err(name_the_pooler)
     }
-    *client.kept() = cache;
-    outcome.map_err(name_the_pooler)
 }
 
 impl Deref for PooledClient {

@@ -18,8 +18,7 @@ use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::{Client, Config, Socket};
 
 use super::close::close;
-pub(crate) use super::connect_error::ConnectError;
-use super::connect_error::Failure;
+use super::connect_error::{ConnectError, Failure};
 use super::targets::{Address, Target};
 use super::unresponsive::{self, Login};
 

@@ -138,8 +138,7 @@ impl Connections {
         subject: impl fmt::Display,
         retries: &mut Retries<'_>,
     ) {
-        let failure = self.logins.as_ref().and_then(|logins| logins.last_failure().clone());
-        if let Some(cause) = failure {
+        if let Some(cause) = self.last_failure() {
             retries.observe(no_connection(operation, subject, NoConnection(cause)));
         }
     }
@@ -282,11 +281,14 @@ impl Connections {
         PooledClient::new(loan, self.prepares, &self.history, &self.pool)
     }
 
-    /// And whether that is because none can be made.
+    fn last_failure(&self) -> Option<Arc<ConnectError>> {
+        self.logins.as_ref().and_then(|logins| logins.last_failure().clone())
+    }
+
+    /// Why a call gets no connection, and whether that is because none can be made.
     fn why_there_is_none(&self, timeout: r2d2::Error) -> (Cause, bool) {
         let size = self.pool.max_size();
-        let last_failure = self.logins.as_ref().and_then(|logins| logins.last_failure().clone());
-        match last_failure {
+        match self.last_failure() {
             _ if self.pool.state().connections == size => (AllInUse(size).into(), false),
             Some(cause) => (NoConnection(cause).into(), true),
             None if self.logins.is_some() => (AllInUse(size).into(), false),

@@ -6,7 +6,7 @@ use std::io;
 
 use postgres::error::{Severity, SqlState};
 
-use super::connect::ConnectError;
+use super::connect_error::ConnectError;
 use crate::Error;
 
 /// What went wrong underneath: a `postgres::Error` in most cases.

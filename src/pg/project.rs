@@ -18,7 +18,7 @@ use super::errors::{
 use super::prepared::name_the_pooler;
 use super::queries::{LockedRow, Queries, is_not_as_given};
 use super::retry::Next;
-use super::session::{Cached, Parameters, Query, Session, StatementCache, Uncached, is_stale};
+use super::session::{Cached, Session, StatementCache, is_stale};
 use crate::validate::{validate_offset, validate_projection};
 use crate::{Error, Result};
 
@@ -420,7 +420,7 @@ impl<'a> Attempt<'a> {
         mut apply: impl FnMut(&mut Transaction<'_>, i64) -> Result<Option<i64>>,
     ) -> Result<Batch, Failed> {
         let mut tx = client.transaction().map_err(|cause| Failed::At("begin", cause.into()))?;
-        let locked = self.lock(&mut Step { tx: &mut tx, cache }).map_err(at("lock"))?;
+        let locked = self.lock(&mut Cached { client: &mut tx, cache }).map_err(at("lock"))?;
         let Some((row, from)) = locked else { return Ok(Batch::Taken) };
         if let Some(in_doubt) = self.in_doubt.take() {
             // Whoever has brought it there, every event up to there is applied, and once.
@@ -491,21 +491,21 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    fn lock(&self, step: &mut Step<'_, '_, '_>) -> Outcome<Option<(LockedRow, i64)>> {
+    fn lock(&self, session: &mut impl Session) -> Outcome<Option<(LockedRow, i64)>> {
         let Self { queries, projection, .. } = *self;
         let there = |offset| (LockedRow::There, offset);
         // A COMMIT in doubt may still be under way, and only a call that waits for it learns of its outcome.
         let waits = self.while_taken == WhileTaken::Wait || self.in_doubt.is_some();
         let found = if waits {
-            queries.project_lock(step, projection)?
+            queries.project_lock(session, projection)?
         } else {
-            queries.project_try_lock(step, projection)?
+            queries.project_try_lock(session, projection)?
         };
         if let Some(offset) = found {
             return Ok(Some(there(offset)));
         }
         if !waits {
-            if !queries.try_lock_absent(step, projection)? {
+            if !queries.try_lock_absent(session, projection)? {
                 return Ok(None);
             }
             if !self.creates_first {
@@ -513,12 +513,12 @@ impl<'a> Attempt<'a> {
             }
         }
         if self.creates_first {
-            queries.lock_new(step, projection)?;
+            queries.lock_new(session, projection)?;
         } else {
-            queries.lock_absent(step, projection)?;
+            queries.lock_absent(session, projection)?;
         }
         // It may have been created while this transaction waited.
-        let offset = queries.project_lock(step, projection)?;
+        let offset = queries.project_lock(session, projection)?;
         Ok(Some(offset.map_or((LockedRow::Absent, 0), there)))
     }
 
@@ -598,26 +598,4 @@ fn exceeded_limit(tx: &mut Transaction<'_>, ran: Duration) -> Outcome<Option<Str
         }
     }
     Ok(None)
-}
-
-/// Runs the steps of the store in the transaction, with the statement cache of the connection if it has one.
-struct Step<'a, 'b, 'c> {
-    tx: &'a mut Transaction<'c>,
-    cache: Option<&'b mut StatementCache>,
-}
-
-impl Session for Step<'_, '_, '_> {
-    fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<postgres::Row>> {
-        match &mut self.cache {
-            Some(cache) => Cached { client: self.tx, cache }.query(query, parameters),
-            None => Uncached(self.tx).query(query, parameters),
-        }
-    }
-
-    fn execute(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<u64> {
-        match &mut self.cache {
-            Some(cache) => Cached { client: self.tx, cache }.execute(query, parameters),
-            None => Uncached(self.tx).execute(query, parameters),
-        }
-    }
 }

@@ -11,7 +11,7 @@ use postgres::types::{FromSql, Type};
 use super::errors::{Cause, Outcome, OutcomeUnknown, Rivals};
 use super::group::{Stored, Write};
 use super::identifier::Table;
-use super::session::Session;
+use super::session::{Query, Session};
 use super::statements::Statements;
 use crate::{Checkpoint, Error};
 
@@ -70,11 +70,7 @@ impl Queries {
     /// hides must not look like what is not there.
     pub(crate) fn is_there(&self, session: &mut impl Session, projection: &str) -> Outcome<bool> {
         let rows = session.query(&self.sql.absent, &[&self.table.to_string(), &projection])?;
-        let row = rows.first().ok_or(NO_ROW)?;
-        if row.try_get("may_hide")? {
-            return Err(MAY_HIDE.into());
-        }
-        Ok(row.try_get("is_there")?)
+        Ok(unless_hidden(&rows)?.try_get("is_there")?)
     }
 
     pub(crate) fn save(
@@ -234,8 +230,8 @@ impl Queries {
     }
 
     pub(crate) fn lock(&self, session: &mut impl Session, projection: &str) -> Outcome<i64> {
-        match session.query(&self.sql.lock, &[&projection])?.first() {
-            Some(row) => Ok(row.try_get(0)?),
+        match locked(session, &self.sql.lock, projection)? {
+            Some(offset) => Ok(offset),
             None => self.lock_new(session, projection),
         }
     }
@@ -253,8 +249,7 @@ impl Queries {
         session: &mut impl Session,
         projection: &str,
     ) -> Outcome<Option<i64>> {
-        let rows = session.query(&self.sql.try_lock, &[&projection])?;
-        Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
+        locked(session, &self.sql.try_lock, projection)
     }
 
     /// Locks the row for `project`, if it is there.
@@ -263,8 +258,7 @@ impl Queries {
         session: &mut impl Session,
         projection: &str,
     ) -> Outcome<Option<i64>> {
-        let rows = session.query(&self.sql.project_lock, &[&projection])?;
-        Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
+        locked(session, &self.sql.project_lock, projection)
     }
 
     /// The same if it is free.
@@ -273,8 +267,7 @@ impl Queries {
         session: &mut impl Session,
         projection: &str,
     ) -> Outcome<Option<i64>> {
-        let rows = session.query(&self.sql.project_try_lock, &[&projection])?;
-        Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
+        locked(session, &self.sql.project_try_lock, projection)
     }
 
     /// Locks a projection whose row is not there, and writes nothing: a call of `project` that finds
@@ -282,10 +275,7 @@ impl Queries {
     pub(crate) fn lock_absent(&self, session: &mut impl Session, projection: &str) -> Outcome<()> {
         let table = self.table.to_string();
         let rows = session.query(&self.sql.lock_absent, &[&projection, &table])?;
-        if rows.first().ok_or(NO_ROW)?.try_get("may_hide")? {
-            return Err(MAY_HIDE.into());
-        }
-        Ok(())
+        unless_hidden(&rows).map(drop)
     }
 
     /// The same without waiting; `false` if another transaction holds the row, or is creating it.
@@ -296,11 +286,7 @@ impl Queries {
     ) -> Outcome<bool> {
         let table = self.table.to_string();
         let rows = session.query(&self.sql.try_lock_absent, &[&projection, &table])?;
-        let row = rows.first().ok_or(NO_ROW)?;
-        if row.try_get("may_hide")? {
-            return Err(MAY_HIDE.into());
-        }
-        Ok(row.try_get("is_locked")?)
+        Ok(unless_hidden(&rows)?.try_get("is_locked")?)
     }
 
     /// Saves what `project` has locked and commits, in one message. The projection's name is where the
@@ -379,6 +365,18 @@ pub(crate) fn is_not_as_given(cause: &Cause) -> bool {
     error.is_some_and(|error| {
         *error.code() == SqlState::DIVISION_BY_ZERO && error.where_().is_none()
     })
+}
+
+/// The offset of the row that a statement has locked, if it has.
+fn locked(session: &mut impl Session, query: &Query, projection: &str) -> Outcome<Option<i64>> {
+    let rows = session.query(query, &[&projection])?;
+    Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
+}
+
+/// The answer about a row that is not there, if row-level security does not hide what is.
+fn unless_hidden(rows: &[Row]) -> Outcome<&Row> {
+    let row = rows.first().ok_or(NO_ROW)?;
+    if row.try_get("may_hide")? { Err(MAY_HIDE.into()) } else { Ok(row) }
 }
 
 /// A write that the server discarded must not look like one that it kept.

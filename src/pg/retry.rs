@@ -228,12 +228,6 @@ impl Backoff {
     }
 }
 
-impl fmt::Debug for Retries<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Retries").field("attempt", &self.attempt).finish_non_exhaustive()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;

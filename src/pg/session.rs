@@ -60,20 +60,26 @@ impl StatementCache {
     }
 }
 
-/// Runs statements on a connection, or in a transaction on it, as prepared ones.
+/// Runs statements on a connection, or in a transaction on it, as prepared ones if it has a cache for them.
 pub(crate) struct Cached<'a, C> {
     pub(crate) client: &'a mut C,
-    pub(crate) cache: &'a mut StatementCache,
+    pub(crate) cache: Option<&'a mut StatementCache>,
 }
 
 impl<C: GenericClient> Session for Cached<'_, C> {
     fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
-        let statement = self.cache.prepare(self.client, query)?;
+        let Some(cache) = &mut self.cache else {
+            return Uncached(self.client).query(query, parameters);
+        };
+        let statement = cache.prepare(self.client, query)?;
         Ok(self.client.query(&statement, parameters)?)
     }
 
     fn execute(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<u64> {
-        let statement = self.cache.prepare(self.client, query)?;
+        let Some(cache) = &mut self.cache else {
+            return Uncached(self.client).execute(query, parameters);
+        };
+        let statement = cache.prepare(self.client, query)?;
         Ok(self.client.execute(&statement, parameters)?)
     }
 }
