@@ -68,16 +68,7 @@ fn is_unavailable(what: &str, started: Instant, outcome: Result<()>) {
 #[test]
 fn a_link_that_goes_down_is_an_error_in_bounded_time_and_works_again_when_it_is_up() {
     let network = Network::new();
-    let server = Server::start(Options {
-        listen: network.address().to_owned(),
-        hba: Some(format!("host all all {}/30 trust\n", network.address())),
-        through: network.inside(),
-        ..Options::fast()
-            // So that the server, too, finds out who is gone, and lets go of what they held.
-            .set("tcp_keepalives_idle", "1")
-            .set("tcp_keepalives_interval", "1")
-            .set("tcp_keepalives_count", "2")
-    });
+    let server = network.server();
     let params = format!("{} {SHORT}", server.params());
     let pools: Vec<_> = POOLED.iter().map(|_| store(&params, 2)).collect();
     let (waiting, unconnected) = (store(&params, 1), store(&params, 1));

@@ -74,6 +74,13 @@ fn timed<T>(work: impl FnOnce() -> T) -> (T, Duration) {
     (work(), started.elapsed())
 }
 
+/// It is no error, and no more than a test's time.
+fn succeeds_in_time(what: &str, call: impl FnOnce() -> Result<()>) {
+    let (outcome, took) = timed(call);
+    outcome.unwrap_or_else(|error| panic!("{what}: {took:?}: {error:?}"));
+    assert!(took < TEST + SLACK, "{what}: {took:?}");
+}
+
 /// A pool of the builder's with so many connections, of which some fall silent.
 struct Case {
     size: u32,
@@ -98,17 +105,13 @@ fn however_many_fall_silent_every_operation_succeeds_within_one_test_and_a_login
                     let_connections_age();
                     ports[..case.silent].iter().for_each(|port| gate.silence(*port));
                     let what = format!("{what}: {silent} of {size}, {seconds} s");
-                    let (outcome, took) = timed(|| operation(&store));
-                    outcome.unwrap_or_else(|error| panic!("{what}: {took:?}: {error:?}"));
-                    assert!(took < TEST + SLACK, "{what}: {took:?}");
+                    succeeds_in_time(&what, || operation(&store));
                     // No other one costs a test, whoever takes it.
-                    let (outcomes, took) = timed(|| {
+                    succeeds_in_time(&what, || {
                         let held: Result<Vec<_>> =
                             (0..case.size).map(|_| store.connection()).collect();
                         held.map(drop).and_then(|()| operation(&store))
                     });
-                    outcomes.unwrap_or_else(|error| panic!("{what}: {took:?}: {error:?}"));
-                    assert!(took < TEST + SLACK, "{what}: {took:?}");
                 });
             }
         });
@@ -128,9 +131,7 @@ fn calls_at_the_same_time_do_not_wait_for_each_others_tests() {
         for (what, operation) in OPERATIONS.iter().chain(&OPERATIONS).chain(&OPERATIONS) {
             let store = &store;
             scope.spawn(move || {
-                let (outcome, took) = timed(|| operation(store));
-                outcome.unwrap_or_else(|error| panic!("{what}: {took:?}: {error:?}"));
-                assert!(took < TEST + SLACK, "{what}: {took:?}");
+                succeeds_in_time(what, || operation(store));
             });
         }
     });
@@ -150,14 +151,9 @@ fn a_pool_of_the_callers_does_not_give_a_silent_connection_out_again() {
                 let silent = port(&mut store.connection().unwrap()); // the next one, too
                 let_connections_age();
                 gate.silence(silent);
-                let (outcome, took) = timed(|| operation(&store));
-                outcome.unwrap_or_else(|error| panic!("{what}: {took:?}: {error:?}"));
-                assert!(took < TEST + SLACK, "{what}: {took:?}");
+                succeeds_in_time(what, || operation(&store));
                 for round in 0..2 {
-                    let (outcomes, took) =
-                        timed(|| (0..10).map(|_| operation(&store)).collect::<Result<Vec<()>>>());
-                    outcomes.unwrap_or_else(|error| panic!("{what}: {error:?}"));
-                    assert!(took < TEST + SLACK, "{what}: {took:?}");
+                    succeeds_in_time(what, || (0..10).try_for_each(|_| operation(&store)));
                     let mut held: Vec<_> = (1..SIZE).map(|_| store.connection().unwrap()).collect();
                     assert!(held.iter_mut().all(|client| port(client) != silent), "{what}");
                     assert_eq!(store.pool_state().idle_connections, 0, "{what}");
@@ -241,9 +237,7 @@ fn backends_that_stand_still_are_left_behind_while_the_server_takes_new_connecti
             let_connections_age();
             let frozen = Frozen::new(pids);
             for _ in 0..3 {
-                let (outcome, took) = timed(|| operation(store));
-                outcome.unwrap_or_else(|error| panic!("{what}: {took:?}: {error:?}"));
-                assert!(took < TEST + SLACK, "{what}: {took:?}");
+                succeeds_in_time(what, || operation(store));
             }
             drop(frozen);
             operation(store).unwrap();
@@ -285,15 +279,7 @@ fn a_server_that_stands_still_is_a_transient_error_in_time_and_used_again_when_i
 #[test]
 fn a_connection_that_falls_silent_in_mid_call_is_given_up_and_the_call_goes_on() {
     let network = Network::new();
-    let server = Server::start(Options {
-        listen: network.address().to_owned(),
-        hba: Some(format!("host all all {}/30 trust\n", network.address())),
-        through: network.inside(),
-        ..Options::fast()
-            .set("tcp_keepalives_idle", "1")
-            .set("tcp_keepalives_interval", "1")
-            .set("tcp_keepalives_count", "2")
-    });
+    let server = network.server();
     let params = format!(
         "{} connect_timeout=1 tcp_user_timeout=2 keepalives_idle=1 keepalives_interval=1 \
          keepalives_retries=2",

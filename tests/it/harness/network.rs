@@ -2,7 +2,7 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::guard::Guard;
-use super::server::server_user;
+use super::server::{Options, Server, server_user};
 
 /// A network namespace with a link to it, to start a server in and cut it off.
 pub(crate) struct Network {
@@ -64,6 +64,19 @@ impl Network {
         through.extend(["netns", "exec", &self.namespace].map(ToOwned::to_owned));
         through.extend(setpriv.map(ToOwned::to_owned));
         through
+    }
+
+    /// A server inside, which finds out soon that a client is gone, and releases what it held.
+    pub(crate) fn server(&self) -> Server {
+        Server::start(Options {
+            listen: self.address().to_owned(),
+            hba: Some(format!("host all all {}/30 trust\n", self.address())),
+            through: self.inside(),
+            ..Options::fast()
+                .set("tcp_keepalives_idle", "1")
+                .set("tcp_keepalives_interval", "1")
+                .set("tcp_keepalives_count", "2")
+        })
     }
 
     /// Takes the link down, at the far end.
