@@ -133,10 +133,6 @@ impl PooledClient {
         kept.get_mut().unwrap_or_else(|| unreachable!("it was inserted just now"))
     }
 
-    pub(crate) fn forget<T: Send + Sync + 'static>(&mut self) {
-        self.loan().extensions().remove::<T>();
-    }
-
     /// Whether it may be lost, or lead to a server that has become read-only. To find that out before
     /// anything is sent costs a round trip; afterwards it may be unknown whether a write was executed.
     pub(crate) fn is_suspect(&mut self, trusted: Duration) -> bool {
@@ -242,7 +238,7 @@ impl PooledClient {
         let mut cache = mem::take(self.kept::<StatementCache>());
         let mut outcome = statement(Cached { client: self, cache: Some(&mut cache) });
         if outcome.as_ref().is_err_and(|cause| is_stale(cause.as_ref())) {
-            cache = StatementCache::default();
+            cache.clear(false);
             outcome = statement(Cached { client: self, cache: Some(&mut cache) });
         }
         *self.kept() = cache;

@@ -1,3 +1,5 @@
+//! Names and values in the text of a statement.
+
 use std::fmt;
 
 use crate::{Error, Result};
@@ -89,6 +91,16 @@ impl fmt::Display for Table {
     }
 }
 
+/// An expression for a text, in ASCII, so that it means the same whatever the encoding of the client is, and
+/// the server's settings for string constants.
+pub(crate) fn literal(text: &str) -> String {
+    if text.is_ascii() {
+        return format!("E'{}'", text.replace('\\', r"\\").replace('\'', "''"));
+    }
+    let hex: String = text.bytes().map(|byte| format!("{byte:02x}")).collect();
+    format!("pg_catalog.convert_from(pg_catalog.decode('{hex}', 'hex'), 'UTF8')")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -163,6 +175,54 @@ mod tests {
             });
             prop_assert_eq!(read, Some((schema, table, format!(" {behind}"))));
         }
+    }
+
+    /// Reads one string constant with escapes as the server's scanner does, and what follows it.
+    fn scan_literal(sql: &str) -> Option<(String, &str)> {
+        let mut text = String::new();
+        let mut rest = sql.strip_prefix("E'")?;
+        loop {
+            let (before, after) = rest.split_at(rest.find(['\'', '\\'])?);
+            text.push_str(before);
+            match after.get(..2) {
+                Some(both @ ("''" | "\\\\")) => text.push_str(&both[1..]),
+                _ => return after.strip_prefix('\'').map(|after| (text, after)),
+            }
+            rest = &after[2..];
+        }
+    }
+
+    fn scan_hex(sql: &str) -> Option<(String, &str)> {
+        let (hex, after) =
+            sql.strip_prefix("pg_catalog.convert_from(pg_catalog.decode('")?.split_once('\'')?;
+        let byte = |at: usize| u8::from_str_radix(&hex[at..at + 2], 16).ok();
+        let bytes = (0..hex.len()).step_by(2).map(byte).collect::<Option<_>>()?;
+        Some((String::from_utf8(bytes).ok()?, after.strip_prefix(", 'hex'), 'UTF8')")?))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            cases: 5_000,
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        })]
+
+        #[test]
+        fn a_literal_is_read_back_and_ends_where_it_ends(text in hostile(), behind in hostile()) {
+            let literal = literal(&text);
+            prop_assert!(literal.is_ascii());
+            let sql = format!("{literal} {behind}");
+            let read = if text.is_ascii() { scan_literal(&sql) } else { scan_hex(&sql) };
+            let behind = format!(" {behind}");
+            prop_assert_eq!(read, Some((text, behind.as_str())));
+        }
+    }
+
+    #[test]
+    fn a_literal_is_ascii_in_every_encoding() {
+        assert_eq!(literal(r"it's \"), r"E'it''s \\'");
+        let hex = "pg_catalog.convert_from(pg_catalog.decode('c3bc', 'hex'), 'UTF8')";
+        assert_eq!(literal("ü"), hex);
     }
 
     #[test]

@@ -274,10 +274,10 @@ impl PostgresCheckpointStore {
             }
             // After what is retried nothing has happened, or the next lock will tell.
             let (error, next) = match failed {
-                Failed::At(_, cause)
+                Failed::At(step, cause)
                     if is_stale(cause.as_ref()) && client.prepares && !has_prepared_again =>
                 {
-                    client.forget::<StatementCache>();
+                    client.kept::<StatementCache>().clear(step == "save");
                     has_prepared_again = true;
                     continue;
                 }
@@ -416,12 +416,16 @@ impl<'a> Attempt<'a> {
     fn run_with(
         &mut self,
         client: &mut PooledClient,
-        cache: Option<&mut StatementCache>,
+        mut cache: Option<&mut StatementCache>,
         mut apply: impl FnMut(&mut Transaction<'_>, i64) -> Result<Option<i64>>,
     ) -> Result<Batch, Failed> {
         let mut tx = client.transaction().map_err(|cause| Failed::At("begin", cause.into()))?;
-        let locked = self.lock(&mut Cached { client: &mut tx, cache }).map_err(at("lock"))?;
+        let mut session = Cached { client: &mut tx, cache: cache.as_deref_mut() };
+        let locked = self.lock(&mut session).map_err(at("lock"))?;
         let Some((row, from)) = locked else { return Ok(Batch::Taken) };
+        if let Some(cache) = &mut cache {
+            self.queries.prepare_to_save(cache, &mut tx).map_err(at("lock"))?;
+        }
         if let Some(in_doubt) = self.in_doubt.take() {
             // Whoever has brought it there, every event up to there is applied, and once.
             if from >= in_doubt {
@@ -461,9 +465,8 @@ impl<'a> Attempt<'a> {
             let reason = "the batch has to end beyond the offset that it began from";
             return Err(Failed::InClosure(Error::InvalidOffset { offset: to, reason }));
         }
-        let Err((mut tx, cause)) = end(tx, &self.queries.save_and_commit(row, to)) else {
-            return Ok(Batch::Committed(to));
-        };
+        let save = self.queries.save_and_commit(cache.as_deref(), row, self.projection, to);
+        let Err((mut tx, cause)) = end(tx, &save) else { return Ok(Batch::Committed(to)) };
         if is_lost(&cause) {
             self.in_doubt = Some(to);
             self.losses += 1;
@@ -497,9 +500,9 @@ impl<'a> Attempt<'a> {
         // A COMMIT in doubt may still be under way, and only a call that waits for it learns of its outcome.
         let waits = self.while_taken == WhileTaken::Wait || self.in_doubt.is_some();
         let found = if waits {
-            queries.project_lock(session, projection)?
+            queries.lock_if_there(session, projection)?
         } else {
-            queries.project_try_lock(session, projection)?
+            queries.lock_if_free(session, projection)?
         };
         if let Some(offset) = found {
             return Ok(Some(there(offset)));
@@ -518,7 +521,7 @@ impl<'a> Attempt<'a> {
             queries.lock_absent(session, projection)?;
         }
         // It may have been created while this transaction waited.
-        let offset = queries.project_lock(session, projection)?;
+        let offset = queries.lock_if_there(session, projection)?;
         Ok(Some(offset.map_or((LockedRow::Absent, 0), there)))
     }
 
@@ -541,7 +544,7 @@ const SWALLOWED: &str = "a statement has failed in the closure, which has not re
 #[derive(Debug, thiserror::Error)]
 #[error(
     "the server wrote no row, or another checkpoint than it was given: a trigger, rule or policy discards or \
-     alters it, or the closure has deleted it, ended the transaction or changed client_encoding"
+     alters it, or the closure has deleted it or ended the transaction"
 )]
 struct NotSaved(#[source] Cause);
 

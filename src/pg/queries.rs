@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::{Duration, Instant, SystemTime};
 
-use postgres::Row;
 use postgres::error::SqlState;
 use postgres::types::{FromSql, Type};
+use postgres::{GenericClient, Row};
 
 use super::errors::{Cause, Outcome, OutcomeUnknown, Rivals};
 use super::group::{Stored, Write};
-use super::identifier::Table;
-use super::session::{Query, Session};
+use super::identifier::{Table, literal};
+use super::session::{Query, Session, StatementCache};
 use super::statements::Statements;
 use crate::{Checkpoint, Error};
 
@@ -230,7 +230,7 @@ impl Queries {
     }
 
     pub(crate) fn lock(&self, session: &mut impl Session, projection: &str) -> Outcome<i64> {
-        match locked(session, &self.sql.lock, projection)? {
+        match self.lock_if_there(session, projection)? {
             Some(offset) => Ok(offset),
             None => self.lock_new(session, projection),
         }
@@ -243,31 +243,22 @@ impl Queries {
         Ok(rows.first().ok_or(NOTHING_WRITTEN)?.try_get(0)?)
     }
 
-    /// Takes the row if it is there and free.
+    /// Locks the row if it is there.
+    pub(crate) fn lock_if_there(
+        &self,
+        session: &mut impl Session,
+        projection: &str,
+    ) -> Outcome<Option<i64>> {
+        locked(session, &self.sql.lock, projection)
+    }
+
+    /// Locks the row if it is there and free.
     pub(crate) fn lock_if_free(
         &self,
         session: &mut impl Session,
         projection: &str,
     ) -> Outcome<Option<i64>> {
         locked(session, &self.sql.try_lock, projection)
-    }
-
-    /// Locks the row for `project`, if it is there.
-    pub(crate) fn project_lock(
-        &self,
-        session: &mut impl Session,
-        projection: &str,
-    ) -> Outcome<Option<i64>> {
-        locked(session, &self.sql.project_lock, projection)
-    }
-
-    /// The same if it is free.
-    pub(crate) fn project_try_lock(
-        &self,
-        session: &mut impl Session,
-        projection: &str,
-    ) -> Outcome<Option<i64>> {
-        locked(session, &self.sql.project_try_lock, projection)
     }
 
     /// Locks a projection whose row is not there, and writes nothing: a call of `project` that finds
@@ -289,14 +280,34 @@ impl Queries {
         Ok(unless_hidden(&rows)?.try_get("is_locked")?)
     }
 
-    /// Saves what `project` has locked and commits, in one message. The projection's name is where the
-    /// lock has put it, so the message holds nothing but a number.
-    pub(crate) fn save_and_commit(&self, row: LockedRow, offset: i64) -> String {
-        let pieces = match row {
+    /// What the message that saves what `project` has locked is made of, prepared for `EXECUTE`.
+    pub(crate) fn prepare_to_save(
+        &self,
+        cache: &mut StatementCache,
+        client: &mut impl GenericClient,
+    ) -> Outcome<()> {
+        cache.prepare_named(client, &self.sql.project_save)?;
+        Ok(cache.prepare_named(client, &self.sql.project_check)?)
+    }
+
+    /// Saves what `project` has locked and commits, in one message, which fails before the COMMIT unless the
+    /// row is there as it was given. The name is written in ASCII, so that it is the same in any encoding;
+    /// one that the closure has set is set back.
+    pub(crate) fn save_and_commit(
+        &self,
+        cache: Option<&StatementCache>,
+        row: LockedRow,
+        projection: &str,
+        offset: i64,
+    ) -> String {
+        let save = match row {
             LockedRow::There => &self.sql.project_save,
             LockedRow::Absent => &self.sql.project_create,
         };
-        format!("{} COMMIT", pieces.join(&offset.to_string()))
+        let (name, offset) = (literal(projection), offset.to_string());
+        let text = |template| StatementCache::text(cache, template, [&name, &offset]);
+        let (save, check) = (text(save), text(&self.sql.project_check));
+        format!("{save} {check} SET client_encoding = 'UTF8'; COMMIT")
     }
 }
 

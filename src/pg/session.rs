@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::error::Error as StdError;
+use std::hash::{BuildHasher, RandomState};
 
 use postgres::error::SqlState;
 use postgres::types::{ToSql, Type};
@@ -14,6 +15,31 @@ use super::errors::{Outcome, sql_state};
 pub(crate) struct Query {
     pub(crate) sql: String,
     pub(crate) parameters: &'static [Type],
+}
+
+/// A statement whose two parameters, a name and an offset, can stand in its text: `$1` and `$2`.
+#[derive(Debug)]
+pub(crate) struct Template {
+    /// What stands before the first parameter, and each parameter's number with what follows it.
+    pieces: Vec<String>,
+}
+
+impl Template {
+    /// `render` completes the text between the parameters, and may bring in what looks like one.
+    pub(crate) fn new(sql: &str, render: impl FnMut(&str) -> String) -> Self {
+        Self { pieces: sql.split('$').map(render).collect() }
+    }
+
+    /// The statement with these expressions as its parameters.
+    pub(crate) fn with(&self, [name, offset]: [&str; 2]) -> String {
+        let mut pieces = self.pieces.iter();
+        let mut sql = pieces.next().cloned().unwrap_or_default();
+        for piece in pieces {
+            let (number, text) = piece.split_at(1);
+            sql.extend([if number == "1" { name } else { offset }, text]);
+        }
+        sql
+    }
 }
 
 pub(crate) type Parameters<'a> = &'a [&'a (dyn ToSql + Sync)];
@@ -43,19 +69,59 @@ fn typed<'a>(query: &Query, parameters: Parameters<'a>) -> Vec<(&'a (dyn ToSql +
 
 /// The prepared statements of a connection, by their text; kept with it.
 #[derive(Default)]
-pub(crate) struct StatementCache(HashMap<String, Statement>);
+pub(crate) struct StatementCache {
+    statements: HashMap<String, Statement>,
+    /// The names of those that are run by `EXECUTE`.
+    names: HashMap<String, String>,
+    /// Whether the server has lost one of the latter before it was to run: a pooler that assigns a server
+    /// session to each transaction, and carries prepared statements of the protocol over, does not know them.
+    keeps_no_names: bool,
+}
 
 impl StatementCache {
+    /// Prepares a statement for `EXECUTE`.
+    pub(crate) fn prepare_named(
+        &mut self,
+        client: &mut impl GenericClient,
+        template: &Template,
+    ) -> Result<(), postgres::Error> {
+        let sql = template.with(["$1", "$2"]);
+        if self.keeps_no_names || self.names.contains_key(&sql) {
+            return Ok(());
+        }
+        // At random, because clients that meet in a session must not meet in a name.
+        let name = format!("checkpoint_store_{:016x}", RandomState::new().hash_one(&sql));
+        client.batch_execute(&format!(
+            "PREPARE {name} (pg_catalog.text, pg_catalog.int8) AS {sql}"
+        ))?;
+        self.names.insert(sql, name);
+        Ok(())
+    }
+
+    /// The text that runs the statement with these expressions as its parameters.
+    pub(crate) fn text(cache: Option<&Self>, template: &Template, parameters: [&str; 2]) -> String {
+        match cache.and_then(|cache| cache.names.get(&template.with(["$1", "$2"]))) {
+            Some(name) => format!("EXECUTE {name} ({});", parameters.join(", ")),
+            None => template.with(parameters),
+        }
+    }
+
+    /// Forgets the statements, because the server has. `was_named` if it was to `EXECUTE` one of them.
+    pub(crate) fn clear(&mut self, was_named: bool) {
+        let keeps_no_names = self.keeps_no_names || was_named;
+        *self = Self { keeps_no_names, ..Self::default() };
+    }
+
     fn prepare(
         &mut self,
         client: &mut impl GenericClient,
         query: &Query,
     ) -> Result<Statement, postgres::Error> {
-        if let Some(statement) = self.0.get(&query.sql) {
+        if let Some(statement) = self.statements.get(&query.sql) {
             return Ok(statement.clone());
         }
         let statement = client.prepare_typed(&query.sql, query.parameters)?;
-        self.0.insert(query.sql.clone(), statement.clone());
+        self.statements.insert(query.sql.clone(), statement.clone());
         Ok(statement)
     }
 }

@@ -3,19 +3,16 @@
 use postgres::types::Type;
 
 use super::identifier::Table;
-use super::session::Query;
+use super::session::{Query, Template};
 
-/// What stands for the offset in the files of the statements that cannot bind it.
-const OFFSET: &str = "42";
-
-/// A field for each file, with the types of the parameters; and for each file that cannot bind its
-/// parameter, the pieces between which the offset stands.
+/// A field for each file: with the types of the parameters, or for a statement that shares its message with
+/// others, so that nothing can be bound.
 macro_rules! statements {
-    (bound { $($name:ident($($type:ident),*),)* } in_pieces { $($pieces:ident,)* }) => {
+    (bound { $($name:ident($($type:ident),*),)* } in_text { $($template:ident,)* }) => {
         #[derive(Debug)]
         pub(crate) struct Statements {
             $(pub(crate) $name: Query,)*
-            $(pub(crate) $pieces: Vec<String>,)*
+            $(pub(crate) $template: Template,)*
         }
 
         impl Statements {
@@ -25,7 +22,7 @@ macro_rules! statements {
                         sql: table.render(file!($name)),
                         parameters: &[$(Type::$type),*],
                     },)*
-                    $($pieces: file!($pieces).split(OFFSET).map(|it| table.render(it)).collect(),)*
+                    $($template: Template::new(file!($template), |sql| table.render(sql)),)*
                 }
             }
 
@@ -33,7 +30,7 @@ macro_rules! statements {
             fn with_their_files(&self) -> Vec<(String, &'static str)> {
                 vec![
                     $((self.$name.sql.clone(), file!($name)),)*
-                    $((self.$pieces.join(OFFSET), file!($pieces)),)*
+                    $((self.$template.with(["$1", "$2"]), file!($template)),)*
                 ]
             }
         }
@@ -64,14 +61,13 @@ statements! {
         lock(TEXT),
         lock_new(TEXT, TEXT),
         try_lock(TEXT),
-        project_lock(TEXT),
-        project_try_lock(TEXT),
         lock_absent(TEXT, TEXT),
         try_lock_absent(TEXT, TEXT),
     }
-    in_pieces {
+    in_text {
         project_save,
         project_create,
+        project_check,
     }
 }
 
@@ -82,9 +78,9 @@ mod tests {
     #[test]
     fn a_rendered_statement_differs_from_its_file_in_nothing_but_the_tables_name()
     -> crate::Result<()> {
-        let statements = Statements::new(&Table::new("app \"one\" 42", "Check;points")?);
+        let statements = Statements::new(&Table::new("app \"one\" $1", "Check;points")?);
         for (sql, file) in statements.with_their_files() {
-            let name = "\"app \"\"one\"\" 42\".\"Check;points\"";
+            let name = "\"app \"\"one\"\" $1\".\"Check;points\"";
             assert_eq!(sql.replace(name, "public.projection_checkpoints"), file);
         }
         Ok(())

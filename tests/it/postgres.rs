@@ -478,6 +478,43 @@ fn a_write_that_the_server_alters_is_an_error_and_nothing_of_it_is_kept() {
     }
 }
 
+/// What is altered after the row was written shows only when it is read again, as `project` does.
+#[test]
+fn a_batch_whose_checkpoint_is_altered_after_the_write_is_an_error_and_nothing_of_it_is_kept() {
+    for body in ["\"offset\" = \"offset\" - 1", "projection_name = 'rival'"] {
+        let schema = Schema::new();
+        schema.store.save("orders", 50).unwrap();
+        harness::client(&harness::server().params())
+            .batch_execute(&format!(
+                "SET search_path = {};
+                 CREATE FUNCTION alter_it() RETURNS trigger LANGUAGE plpgsql AS $$
+                 BEGIN
+                     UPDATE {0}.projection_checkpoints SET {body}
+                     WHERE projection_name = NEW.projection_name;
+                     RETURN NULL;
+                 END $$;
+                 CREATE TRIGGER alter_it AFTER INSERT OR UPDATE ON projection_checkpoints
+                     FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION alter_it()",
+                schema.name,
+            ))
+            .unwrap();
+        let before = rows(&schema);
+        for prepared in [false, true] {
+            let store = PostgresCheckpointStore::builder()
+                .schema(&schema.name)
+                .prepared_statements(prepared)
+                .connect(&harness::server().params())
+                .unwrap();
+            for name in ["orders", "fresh"] {
+                let error = store.project(name, |_, offset| Ok(Some(offset + 10))).unwrap_err();
+                assert!(chain(&error).contains("trigger"), "{body}: {}", chain(&error));
+                assert!(!error.is_transient());
+                assert_eq!(rows(&schema), before, "{body}");
+            }
+        }
+    }
+}
+
 /// A row that `lock` creates has to be the one that was asked for.
 #[test]
 fn a_lock_whose_row_is_made_under_another_name_is_an_error() {
