@@ -291,8 +291,9 @@ impl Queries {
     }
 
     /// Saves what `project` has locked and commits, in one message, which fails before the COMMIT unless the
-    /// row is there as it was given. The name is written in ASCII, so that it is the same in any encoding;
-    /// one that the closure has set is set back.
+    /// row is there as it was given. The name is written in ASCII, which is the same in any encoding; after a
+    /// name beyond ASCII an encoding that the closure has set is set back, or the next call would be about
+    /// another name.
     pub(crate) fn save_and_commit(
         &self,
         cache: Option<&StatementCache>,
@@ -307,7 +308,8 @@ impl Queries {
         let (name, offset) = (literal(projection), offset.to_string());
         let text = |template| StatementCache::text(cache, template, [&name, &offset]);
         let (save, check) = (text(save), text(&self.sql.project_check));
-        format!("{save} {check} SET client_encoding = 'UTF8'; COMMIT")
+        let encoding = if projection.is_ascii() { "" } else { "SET client_encoding = 'UTF8';" };
+        format!("{save} {check} {encoding} COMMIT")
     }
 }
 
