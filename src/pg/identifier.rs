@@ -97,8 +97,8 @@ pub(crate) fn literal(text: &str) -> String {
     if text.is_ascii() {
         return format!("E'{}'", text.replace('\\', r"\\").replace('\'', "''"));
     }
-    let hex: String = text.bytes().map(|byte| format!("{byte:02x}")).collect();
-    format!("pg_catalog.convert_from(pg_catalog.decode('{hex}', 'hex'), 'UTF8')")
+    let hex: Vec<_> = text.bytes().map(|byte| format!("{byte:02x}")).collect();
+    format!("pg_catalog.convert_from(pg_catalog.decode('{}', 'hex'), 'UTF8')", hex.concat())
 }
 
 #[cfg(test)]

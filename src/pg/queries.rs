@@ -290,10 +290,10 @@ impl Queries {
         Ok(cache.prepare_named(client, &self.sql.project_check)?)
     }
 
-    /// Saves what `project` has locked and commits, in one message, which fails before the COMMIT unless the
-    /// row is there as it was given. The name is written in ASCII, which is the same in any encoding; after a
-    /// name beyond ASCII an encoding that the closure has set is set back, or the next call would be about
-    /// another name.
+    /// Saves what `project` has locked and commits, in one message. It fails before the COMMIT unless the row
+    /// is there as it was given, and, by the SAVEPOINT, if the closure has ended the transaction. The name is
+    /// written in ASCII, which is the same in any encoding; after a name beyond ASCII an encoding that the
+    /// closure has set is set back, or the next call would be about another name.
     pub(crate) fn save_and_commit(
         &self,
         cache: Option<&StatementCache>,
@@ -309,7 +309,7 @@ impl Queries {
         let text = |template| StatementCache::text(cache, template, [&name, &offset]);
         let (save, check) = (text(save), text(&self.sql.project_check));
         let encoding = if projection.is_ascii() { "" } else { "SET client_encoding = 'UTF8';" };
-        format!("{save} {check} {encoding} COMMIT")
+        format!("{save} {check} {encoding} SAVEPOINT saved; COMMIT")
     }
 }
 

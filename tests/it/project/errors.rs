@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use checkpoint_store::{Error, PostgresCheckpointStore};
+use checkpoint_store::postgres::Transaction;
+use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore};
 
 use super::stage::{Stage, apply};
 use crate::harness::{Options, Server, chain, server};
@@ -70,4 +71,36 @@ fn who_holds_the_only_connection_and_projects_is_told_so() {
     assert!(chain(&error).contains("all connections of the pool are in use (1)"), "{error:?}");
     drop(held);
     assert_eq!(store.project("orders", |_, _| Ok(Some(1))).unwrap(), Some(1));
+}
+
+/// Its work is committed or rolled back by then, and the checkpoint is not locked any more.
+#[test]
+fn a_closure_that_ends_the_transaction_is_an_error_and_its_offset_is_not_saved() {
+    for end in ["COMMIT", "ROLLBACK"] {
+        for prepared in [false, true] {
+            for is_there in [false, true] {
+                let stage = Stage::new();
+                let store = stage.store_at(&server().params(), "", prepared);
+                if is_there {
+                    store.save("orders", 1).unwrap();
+                }
+                let before = store.find("orders").unwrap();
+                let apply = |tx: &mut Transaction<'_>, offset: i64| {
+                    tx.batch_execute(end)?;
+                    Ok(Some(offset + 10))
+                };
+                let what = format!("{end}, {prepared}, {is_there}");
+                for _ in 0..3 {
+                    let error = store.project("orders", apply).expect_err(&what);
+                    assert!(!error.is_transient(), "{what}: {error:?}");
+                    assert!(
+                        error.report().to_string().contains("ended the transaction"),
+                        "{what}: {error:?}"
+                    );
+                    assert_eq!(store.find("orders").unwrap(), before, "{what}");
+                }
+                assert_eq!(store.project("orders", |_, _| Ok(Some(5))).unwrap(), Some(5), "{what}");
+            }
+        }
+    }
 }
