@@ -155,25 +155,32 @@ fn a_server_that_stands_still_makes_operations_wait_and_loses_nothing() {
     full.migrate().unwrap();
     save.save("save", 1).unwrap();
     advance.save("advance", 1).unwrap();
-    let mut client = client(&params);
+    let (mut client, mut holder) = (client(&params), client(&params));
     let mut backends: Vec<i32> = Vec::new();
-    wait_until("the four that are ours are left", || {
+    wait_until("the five that are ours are left", || {
         let sql = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend'";
         backends = client.query(sql, &[]).unwrap().iter().map(|row| row.get(0)).collect();
-        backends.len() == 4
+        backends.len() == 5
     });
 
     thread::scope(|scope| {
         let (ended, ends) = mpsc::channel();
+        // So that the statements are under way when the server stands still.
+        let mut held = holder.transaction().unwrap();
+        held.batch_execute("SELECT FROM projection_checkpoints FOR UPDATE").unwrap();
+        let (done, (save, advance)) = (ended.clone(), (&save, &advance));
+        scope.spawn(move || done.send(("save", save.save("save", 2))));
+        let done = ended.clone();
+        scope.spawn(move || done.send(("advance", advance.advance("advance", 1, 2))));
+        wait_until("both wait for the rows", || {
+            let sql = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+            client.query_one(sql, &[]).unwrap().get::<_, i64>(0) == 2
+        });
         let mut tx = client.transaction().unwrap();
         save.in_transaction(&mut tx).lock("tx").unwrap();
         stand_still(&server, Signal::STOP, &backends);
         let thaw = Thaw(&server, &backends);
 
-        let (done, (save, advance)) = (ended.clone(), (&save, &advance));
-        scope.spawn(move || done.send(("save", save.save("save", 2))));
-        let done = ended.clone();
-        scope.spawn(move || done.send(("advance", advance.advance("advance", 1, 2))));
         let done = ended;
         scope.spawn(move || {
             let saved = save.in_transaction(&mut tx).save("tx", 2);
@@ -190,6 +197,7 @@ fn a_server_that_stands_still_makes_operations_wait_and_loses_nothing() {
         assert!(ends.try_recv().is_err(), "what waits for an answer goes on waiting");
 
         drop(thaw);
+        held.commit().unwrap();
         for _ in 0..3 {
             let (what, outcome) = ends.recv_timeout(Duration::from_secs(60)).unwrap();
             outcome.expect(what);
