@@ -1,2 +1,3 @@
 DELETE FROM public.projection_checkpoints
-WHERE projection_name OPERATOR(pg_catalog.=) $1;
+WHERE projection_name OPERATOR(pg_catalog.=) $1
+RETURNING projection_name;

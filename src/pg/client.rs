@@ -11,7 +11,7 @@ use postgres::{Client, Row};
 use super::errors::{ErrorClass, Outcome};
 use super::pool::{Loan, Peer, Pool};
 use super::prepared::name_the_pooler;
-use super::session::{Cached, Parameters, Query, Session, StatementCache, is_stale};
+use super::session::{DirectSession, Parameters, Query, Session, StatementCache, is_stale};
 
 /// A connection that was used less than this time ago is used without a test.
 pub(crate) const TRUSTED: Duration = Duration::from_secs(1);
@@ -217,29 +217,20 @@ pub(crate) fn takes_writes(client: &mut Client) -> Result<bool, postgres::Error>
     Ok(setting == "off")
 }
 
-/// With prepared statements if the store wants them.
+/// With the statement cache of the connection if the store prepares. A statement that the server has forgotten,
+/// or would not run again, was not executed; so it is prepared again and runs once more.
 impl Session for PooledClient {
     fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
-        self.run(|mut session| session.query(query, parameters))
-    }
-
-    fn execute(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<u64> {
-        self.run(|mut session| session.execute(query, parameters))
-    }
-}
-
-impl PooledClient {
-    /// Runs a statement with the cache of the connection. One that the server has forgotten, or would not run
-    /// again, was not executed; so it is prepared again and runs once more.
-    fn run<T>(&mut self, statement: impl Fn(Cached<'_, Client>) -> Outcome<T>) -> Outcome<T> {
         if !self.prepares {
-            return statement(Cached { client: self, cache: None });
+            return DirectSession::unnamed(&mut **self).query(query, parameters);
         }
         let mut cache = mem::take(self.kept::<StatementCache>());
-        let mut outcome = statement(Cached { client: self, cache: Some(&mut cache) });
+        let mut outcome =
+            DirectSession { client: &mut **self, cache: Some(&mut cache) }.query(query, parameters);
         if outcome.as_ref().is_err_and(|cause| is_stale(cause.as_ref())) {
             cache.clear(false);
-            outcome = statement(Cached { client: self, cache: Some(&mut cache) });
+            outcome = DirectSession { client: &mut **self, cache: Some(&mut cache) }
+                .query(query, parameters);
         }
         *self.kept() = cache;
         outcome.map_err(name_the_pooler)

@@ -8,12 +8,14 @@
 //! connection and for another attempt, and [`retry`] how long to pause, when to give up, and what the observer
 //! is told.
 //!
-//! How a `project` travels. [`project`] has its own attempt, begin to commit, and runs it in the same way: the
+//! How a `project` travels. [`attempt`] is one attempt, from BEGIN to COMMIT; [`project`] repeats it: the
 //! connection comes from [`Connections::client`], the lock and the save from [`queries`], and [`retry`] decides.
 //! It differs in that a lost COMMIT is looked up, under the lock, by the next attempt.
 //!
 //! The caller's own transaction, [`transaction`], uses [`queries`] and nothing else: there nothing is repeated.
 
+mod applying;
+mod attempt;
 mod builder;
 mod client;
 mod close;
@@ -30,6 +32,7 @@ mod pool;
 mod prepared;
 mod project;
 mod queries;
+mod repeat;
 mod retry;
 mod session;
 mod statements;

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use postgres::error::SqlState;
 use postgres::types::{FromSql, Type};
 use postgres::{GenericClient, Row};
 
-use super::errors::{Cause, Outcome, OutcomeUnknown, Rivals};
+use super::errors::{Cause, Outcome, Rivals};
 use super::group::{Stored, Write};
 use super::identifier::{Table, literal};
 use super::session::{Query, Session, StatementCache};
@@ -19,7 +19,7 @@ use crate::{Checkpoint, Error};
 #[derive(Debug)]
 pub(crate) struct Queries {
     pub(crate) table: Table,
-    sql: Statements,
+    pub(crate) sql: Statements,
 }
 
 impl Queries {
@@ -79,7 +79,10 @@ impl Queries {
         projection: &str,
         offset: i64,
     ) -> Outcome<()> {
-        written(session.execute(&self.sql.save, &[&projection, &offset])).and_then(require_one)
+        match written(session.query(&self.sql.save, &[&projection, &offset]))?.len() {
+            1 => Ok(()),
+            _ => Err(NOTHING_WRITTEN.into()),
+        }
     }
 
     pub(crate) fn save_many(
@@ -88,77 +91,7 @@ impl Queries {
         checkpoints: &[(&str, i64)],
     ) -> Outcome<()> {
         let (names, offsets) = last_of_each(checkpoints);
-        written(session.execute(&self.sql.save_many, &[&names, &offsets])).map(drop)
-    }
-
-    /// Saves after a first attempt, begun at `lost`, that may have been executed, and not if anybody has
-    /// written one of the checkpoints since: that must not be undone. A checkpoint that is not there
-    /// does not tell whether it was deleted since.
-    pub(crate) fn save_again(
-        &self,
-        session: &mut impl Session,
-        checkpoints: &[(&str, i64)],
-        lost: Instant,
-    ) -> Outcome<()> {
-        let (names, offsets) = last_of_each(checkpoints);
-        let since = self.server_time_at(session, lost)?;
-        let rows = written(session.query(&self.sql.save_again, &[&names, &offsets, &since]))?;
-        let row = rows.first().ok_or(NO_ROW)?;
-        match (row.try_get("is_written")?, row.try_get("is_as_given")?) {
-            (false, false) => Err(OutcomeUnknown.into()),
-            _ => Ok(()),
-        }
-    }
-
-    /// The same for a delete. Where nothing is there it may have been the first attempt that deleted it.
-    pub(crate) fn delete_again(
-        &self,
-        session: &mut impl Session,
-        projection: &str,
-        lost: Instant,
-    ) -> Outcome<bool> {
-        let since = self.server_time_at(session, lost)?;
-        let rows = session.query(&self.sql.delete_again, &[&projection, &since])?;
-        let row = rows.first().ok_or(NO_ROW)?;
-        match (row.try_get("is_deleted")?, row.try_get("was_there")?) {
-            (true, _) => Ok(true),
-            (false, true) => Err(OutcomeUnknown.into()),
-            (false, false) => self.is_there(session, projection).map(|_| false),
-        }
-    }
-
-    /// What the server's clock showed at that moment, or a little earlier: by the time that the fastest of a
-    /// few answers took. The first one on a new connection is slow, and the row may have been written just
-    /// before that moment.
-    fn server_time_at(&self, session: &mut impl Session, moment: Instant) -> Outcome<SystemTime> {
-        const QUESTIONS: usize = 4;
-        let mut latest = self.server_time_before(session, moment)?;
-        for _ in 1..QUESTIONS {
-            latest = latest.max(self.server_time_before(session, moment)?);
-        }
-        Ok(latest)
-    }
-
-    /// What the server's clock showed before that moment, by the time that the answer took. Rows that another
-    /// server wrote before a failover have the time of another clock, so nothing can be said soon after one.
-    /// A server that was promoted is on another timeline than the first, which tells it from one that has
-    /// recovered from a crash of its own.
-    fn server_time_before(
-        &self,
-        session: &mut impl Session,
-        moment: Instant,
-    ) -> Outcome<SystemTime> {
-        /// By how much the clocks of a primary and its standby may differ.
-        const CLOCK_SKEW: Duration = Duration::from_secs(60);
-        let rows = session.query(&self.sql.server_time, &[])?;
-        let row = rows.first().ok_or(NO_ROW)?;
-        let Timestamp(now) = row.try_get("now")?;
-        let then = now.checked_sub(moment.elapsed()).ok_or(OutcomeUnknown)?;
-        let was_standby_until: Option<Timestamp> = row.try_get("was_standby_until")?;
-        match was_standby_until {
-            Some(Timestamp(until)) if until + CLOCK_SKEW > then => Err(OutcomeUnknown.into()),
-            _ => Ok(then),
-        }
+        written(session.query(&self.sql.save_many, &[&names, &offsets])).map(drop)
     }
 
     pub(crate) fn advance(
@@ -170,8 +103,8 @@ impl Queries {
     ) -> Outcome<Advance> {
         for _ in 0..ATTEMPTS {
             // The cheap statement first: it is all there is to do, unless the row is absent or elsewhere.
-            let moved = written(session.execute(&self.sql.advance, &[&projection, &from, &to]))?;
-            if moved > 0 {
+            let moved = written(session.query(&self.sql.advance, &[&projection, &from, &to]))?;
+            if !moved.is_empty() {
                 return Ok(Advance::Moved);
             }
             let rows =
@@ -219,7 +152,7 @@ impl Queries {
 
     pub(crate) fn delete(&self, session: &mut impl Session, projection: &str) -> Outcome<bool> {
         for _ in 0..ATTEMPTS {
-            if session.execute(&self.sql.delete, &[&projection])? > 0 {
+            if !session.query(&self.sql.delete, &[&projection])?.is_empty() {
                 return Ok(true);
             }
             if !self.is_there(session, projection)? {
@@ -361,14 +294,14 @@ const NOTHING_HAPPENS: &str = "the server wrote no row: a trigger, rule or polic
 /// How often a statement that touches no row is tried before it is asked why.
 const ATTEMPTS: usize = 8;
 
-const NO_ROW: &str = "the server returned no row";
+pub(crate) const NO_ROW: &str = "the server returned no row";
 
 const MAY_HIDE: &str = "row-level security may hide checkpoints from the role that is logged in: \
                         use the table's owner, or a role with BYPASSRLS";
 
 /// A statement whose `RETURNING` divides by zero when the row is not as it was given. So the server
 /// undoes what it has altered, in the same round trip.
-fn written<T>(outcome: Outcome<T>) -> Outcome<T> {
+pub(crate) fn written<T>(outcome: Outcome<T>) -> Outcome<T> {
     outcome.map_err(|cause| if is_not_as_given(&cause) { NOTHING_WRITTEN.into() } else { cause })
 }
 
@@ -392,13 +325,8 @@ fn unless_hidden(rows: &[Row]) -> Outcome<&Row> {
     if row.try_get("may_hide")? { Err(MAY_HIDE.into()) } else { Ok(row) }
 }
 
-/// A write that the server discarded must not look like one that it kept.
-fn require_one(rows: u64) -> Outcome<()> {
-    if rows == 1 { Ok(()) } else { Err(NOTHING_WRITTEN.into()) }
-}
-
 /// In the order of the names; of a name given twice the last one counts.
-fn last_of_each<'a>(checkpoints: &[(&'a str, i64)]) -> (Vec<&'a str>, Vec<i64>) {
+pub(crate) fn last_of_each<'a>(checkpoints: &[(&'a str, i64)]) -> (Vec<&'a str>, Vec<i64>) {
     checkpoints.iter().copied().collect::<BTreeMap<_, _>>().into_iter().unzip()
 }
 
@@ -408,7 +336,7 @@ fn checkpoint(row: &Row) -> Outcome<Checkpoint> {
 }
 
 /// A `timestamptz` that may hold anything, infinity included, and never panics.
-struct Timestamp(SystemTime);
+pub(crate) struct Timestamp(pub(crate) SystemTime);
 
 impl<'a> FromSql<'a> for Timestamp {
     fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Self, Cause> {

@@ -46,21 +46,6 @@ pub(crate) type Parameters<'a> = &'a [&'a (dyn ToSql + Sync)];
 
 pub(crate) trait Session {
     fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<Row>>;
-
-    fn execute(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<u64>;
-}
-
-/// Sends unnamed statements. Nothing is left on the server, so any pooler may stand in between.
-pub(crate) struct Uncached<'a, C>(pub(crate) &'a mut C);
-
-impl<C: GenericClient> Session for Uncached<'_, C> {
-    fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
-        Ok(self.0.query_typed(&query.sql, &typed(query, parameters))?)
-    }
-
-    fn execute(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<u64> {
-        Ok(self.0.execute_typed(&query.sql, &typed(query, parameters))?)
-    }
 }
 
 fn typed<'a>(query: &Query, parameters: Parameters<'a>) -> Vec<(&'a (dyn ToSql + Sync), Type)> {
@@ -126,27 +111,27 @@ impl StatementCache {
     }
 }
 
-/// Runs statements on a connection, or in a transaction on it, as prepared ones if it has a cache for them.
-pub(crate) struct Cached<'a, C> {
+/// Runs statements on a connection, or in a transaction on it: as prepared ones if it has a cache for them,
+/// and otherwise as unnamed ones. These leave nothing on the server, so any pooler may stand in between.
+pub(crate) struct DirectSession<'a, C> {
     pub(crate) client: &'a mut C,
     pub(crate) cache: Option<&'a mut StatementCache>,
 }
 
-impl<C: GenericClient> Session for Cached<'_, C> {
-    fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
-        let Some(cache) = &mut self.cache else {
-            return Uncached(self.client).query(query, parameters);
-        };
-        let statement = cache.prepare(self.client, query)?;
-        Ok(self.client.query(&statement, parameters)?)
+impl<'a, C> DirectSession<'a, C> {
+    pub(crate) fn unnamed(client: &'a mut C) -> Self {
+        Self { client, cache: None }
     }
+}
 
-    fn execute(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<u64> {
-        let Some(cache) = &mut self.cache else {
-            return Uncached(self.client).execute(query, parameters);
+impl<C: GenericClient> Session for DirectSession<'_, C> {
+    fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
+        let Self { client, cache } = self;
+        let statement = match cache {
+            Some(cache) => cache.prepare(*client, query)?,
+            None => return Ok(client.query_typed(&query.sql, &typed(query, parameters))?),
         };
-        let statement = cache.prepare(self.client, query)?;
-        Ok(self.client.execute(&statement, parameters)?)
+        Ok(client.query(&statement, parameters)?)
     }
 }
 

@@ -8,7 +8,7 @@ use postgres::error::SqlState;
 use super::connections::Connections;
 use super::errors::{Cause, ErrorClass, Outcome, failure, sql_state};
 use super::queries::Queries;
-use super::session::Uncached;
+use super::session::DirectSession;
 use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, Error, Result};
 
@@ -133,7 +133,7 @@ impl InTransaction<'_, '_> {
     pub fn all(&mut self) -> Result<Vec<Checkpoint>> {
         let queries = self.queries;
         queries
-            .all(&mut Uncached(self.tx))
+            .all(&mut DirectSession::unnamed(self.tx))
             .map_err(|cause| self.failed("all", format_args!("table {}", queries.table), cause))
     }
 
@@ -159,7 +159,7 @@ impl InTransaction<'_, '_> {
         validate_projection(projection)?;
         validate_offset(offset)?;
         self.queries
-            .save(&mut Uncached(self.tx), projection, offset)
+            .save(&mut DirectSession::unnamed(self.tx), projection, offset)
             .map_err(|cause| self.failed("save", self.queries.about(projection), cause))
     }
 
@@ -183,7 +183,7 @@ impl InTransaction<'_, '_> {
             return Ok(());
         }
         self.queries
-            .save_many(&mut Uncached(self.tx), checkpoints)
+            .save_many(&mut DirectSession::unnamed(self.tx), checkpoints)
             .map_err(|cause| self.failed("save_many", self.queries.about_many(checkpoints), cause))
     }
 
@@ -213,7 +213,7 @@ impl InTransaction<'_, '_> {
     pub fn advance(&mut self, projection: &str, from: i64, to: i64) -> Result<()> {
         validate_advance(projection, from, to)?;
         self.queries
-            .advance(&mut Uncached(self.tx), projection, from, to)
+            .advance(&mut DirectSession::unnamed(self.tx), projection, from, to)
             .map_err(|cause| self.failed("advance", self.queries.about(projection), cause))?
             .or_conflict(projection, from)
     }
@@ -237,7 +237,7 @@ impl InTransaction<'_, '_> {
     pub fn delete(&mut self, projection: &str) -> Result<bool> {
         validate_projection(projection)?;
         self.queries
-            .delete(&mut Uncached(self.tx), projection)
+            .delete(&mut DirectSession::unnamed(self.tx), projection)
             .map_err(|cause| self.failed("delete", self.queries.about(projection), cause))
     }
 
@@ -276,7 +276,7 @@ impl InTransaction<'_, '_> {
     pub fn lock(&mut self, projection: &str) -> Result<i64> {
         validate_projection(projection)?;
         self.queries
-            .lock(&mut Uncached(self.tx), projection)
+            .lock(&mut DirectSession::unnamed(self.tx), projection)
             .map_err(|cause| self.failed("lock", self.queries.about(projection), cause))
     }
 
@@ -306,7 +306,7 @@ impl InTransaction<'_, '_> {
         validate_projection(projection)?;
         let queries = self.queries;
         queries
-            .lock_if_free(&mut Uncached(self.tx), projection)
+            .lock_if_free(&mut DirectSession::unnamed(self.tx), projection)
             .and_then(|held| match held {
                 Some(offset) => Ok(Some(offset)),
                 None => lock_if_absent(queries, self.tx, projection),
@@ -317,7 +317,7 @@ impl InTransaction<'_, '_> {
     fn read(&mut self, operation: &'static str, projection: &str) -> Result<Option<Checkpoint>> {
         validate_projection(projection)?;
         self.queries
-            .find(&mut Uncached(self.tx), projection)
+            .find(&mut DirectSession::unnamed(self.tx), projection)
             .map_err(|cause| self.failed(operation, self.queries.about(projection), cause))
     }
 
@@ -345,11 +345,11 @@ pub(super) fn lock_if_absent(
             'lock_timeout', pg_catalog.current_setting('checkpoint_store.lock_timeout'), true);
         RELEASE SAVEPOINT checkpoint_store";
     const UNDO: &str = "ROLLBACK TO SAVEPOINT checkpoint_store; RELEASE SAVEPOINT checkpoint_store";
-    if queries.is_there(&mut Uncached(tx), projection)? {
+    if queries.is_there(&mut DirectSession::unnamed(tx), projection)? {
         return Ok(None);
     }
     tx.batch_execute(BEGIN)?;
-    match queries.lock_new(&mut Uncached(tx), projection) {
+    match queries.lock_new(&mut DirectSession::unnamed(tx), projection) {
         Ok(offset) => {
             tx.batch_execute(RELEASE)?;
             Ok(Some(offset))
