@@ -145,7 +145,9 @@ impl PostgresCheckpointStoreBuilder {
     ///   [`build`](PostgresCheckpointStoreBuilder::build).
     ///
     /// `PgBouncer` in session mode is fine, and so is a pooler that gives the statements names of its own, such as
-    /// `PgBouncer` 1.21 and later with `max_prepared_statements` above 0.
+    /// `PgBouncer` 1.21 and later with `max_prepared_statements` above 0. Such a pooler does not carry over what
+    /// `EXECUTE` runs, as the save of [`project`](crate::PostgresCheckpointStore::project) does: on each
+    /// connection the closure may run a second time once, and the save is sent as text from then on.
     ///
     /// # Examples
     ///

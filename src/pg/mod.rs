@@ -57,7 +57,7 @@ pub use self::retry::Retry;
 pub use self::transaction::InTransaction;
 
 use self::connections::{AfterLoss, Connections};
-use self::errors::no_connection;
+use self::errors::{Outcome, no_connection};
 use self::group::{Executed, Group, GroupError, Write};
 use self::identifier::Table;
 use self::migrate::{Migration, migrate};
@@ -252,16 +252,11 @@ impl PostgresCheckpointStore {
     /// # Ok::<(), checkpoint_store::Error>(())
     /// ```
     pub fn migrate(&self) -> Result<()> {
-        let Shared { queries: Queries { table, .. }, connections, updated_at_index, .. } =
-            &*self.shared;
-        let migration = connections.run(
-            "migrate",
-            format_args!("table {table}"),
-            &mut connections.call(),
-            AfterLoss::Repeat,
-            None,
-            |client, _| migrate(client, table, *updated_at_index),
-        )?;
+        let Shared { queries: Queries { table, .. }, updated_at_index, .. } = &*self.shared;
+        let subject = format_args!("table {table}");
+        let migration = self.run("migrate", subject, AfterLoss::Repeat, |client, _| {
+            migrate(client, table, *updated_at_index)
+        })?;
         match migration {
             Migration::Ready => Ok(()),
             Migration::Incompatible(reason) => {
@@ -384,6 +379,17 @@ impl PostgresCheckpointStore {
         )
     }
 
+    fn run<T>(
+        &self,
+        operation: &'static str,
+        subject: impl fmt::Display,
+        after_loss: AfterLoss,
+        statement: impl FnMut(&mut PooledClient, Option<Instant>) -> Outcome<T>,
+    ) -> Result<T> {
+        let connections = &self.shared.connections;
+        connections.run(operation, subject, &mut self.call(), after_loss, None, statement)
+    }
+
     fn read(
         &self,
         operation: &'static str,
@@ -427,15 +433,9 @@ impl CheckpointStore for PostgresCheckpointStore {
     }
 
     fn all(&self) -> Result<Vec<Checkpoint>> {
-        let Shared { queries, connections, .. } = &*self.shared;
-        connections.run(
-            "all",
-            format_args!("table {}", queries.table),
-            &mut self.call(),
-            AfterLoss::Repeat,
-            None,
-            |client, _| queries.all(client),
-        )
+        let queries = &self.shared.queries;
+        let subject = format_args!("table {}", queries.table);
+        self.run("all", subject, AfterLoss::Repeat, |client, _| queries.all(client))
     }
 
     fn save(&self, projection: &str, offset: i64) -> Result<()> {
@@ -476,19 +476,12 @@ impl CheckpointStore for PostgresCheckpointStore {
     fn delete(&self, projection: &str) -> Result<bool> {
         validate_projection(projection)?;
         self.refuse_inside_the_closure("delete")?;
-        let Shared { queries, connections, .. } = &*self.shared;
+        let queries = &self.shared.queries;
         let subject = queries.about(projection);
-        connections.run(
-            "delete",
-            subject,
-            &mut self.call(),
-            AfterLoss::RepeatIfUnwritten,
-            None,
-            |client, lost| match lost {
-                None => queries.delete(client, projection),
-                Some(lost) => queries.delete_again(client, projection, lost),
-            },
-        )
+        self.run("delete", subject, AfterLoss::RepeatIfUnwritten, |client, lost| match lost {
+            None => queries.delete(client, projection),
+            Some(lost) => queries.delete_again(client, projection, lost),
+        })
     }
 
     fn get(&self, projection: &str) -> Result<i64> {
@@ -502,19 +495,12 @@ impl CheckpointStore for PostgresCheckpointStore {
         if checkpoints.is_empty() {
             return Ok(());
         }
-        let Shared { queries, connections, .. } = &*self.shared;
+        let queries = &self.shared.queries;
         let subject = queries.about_many(checkpoints);
-        connections.run(
-            "save_many",
-            subject,
-            &mut self.call(),
-            AfterLoss::RepeatIfUnwritten,
-            None,
-            |client, lost| match lost {
-                None => queries.save_many(client, checkpoints),
-                Some(lost) => queries.save_again(client, checkpoints, lost),
-            },
-        )
+        self.run("save_many", subject, AfterLoss::RepeatIfUnwritten, |client, lost| match lost {
+            None => queries.save_many(client, checkpoints),
+            Some(lost) => queries.save_again(client, checkpoints, lost),
+        })
     }
 
     /// Bound by its own time-out, also while no connection can be had.

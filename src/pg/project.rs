@@ -99,9 +99,10 @@ impl PostgresCheckpointStore {
     /// **It may run more than once**, so it must have no effect outside the transaction, and must use the offset
     /// that it is given.
     ///
-    /// It must not end the transaction. Put what is expected to fail into a savepoint, `tx.transaction()`: a
-    /// statement that fails outside of one fails the batch. If the closure swallows that error, the batch
-    /// fails with a [`Backend`](Error::Backend) error that is not transient, whatever the swallowed one was.
+    /// It must not end the transaction: after a COMMIT or ROLLBACK of its own the batch fails, and its offset is
+    /// not saved. Put what is expected to fail into a savepoint, `tx.transaction()`: a statement that fails
+    /// outside of one fails the batch. If the closure swallows that error, the batch fails with a
+    /// [`Backend`](Error::Backend) error that is not transient, whatever the swallowed one was.
     ///
     /// Inside the closure, do not write through the store. `save`, `save_many`, `advance`, `delete`, `project`
     /// and `try_project` of the same store return an error there, because they would wait for the closure's own
