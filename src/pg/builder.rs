@@ -227,8 +227,9 @@ impl PostgresCheckpointStoreBuilder {
     ///
     /// It is called on the thread of the call, before each new attempt, with the error that made it
     /// necessary. While a call waits for a connection that cannot be made, it is called within a second, and
-    /// then at each attempt, at most about five times a second for each call. It is not called for a call that
-    /// succeeds at once, nor for what happens in the caller's own transactions, which are not retried.
+    /// then at each attempt, at most about five times a second for each call. An attempt that is not answered
+    /// within a second is reported while it continues. The function is not called for a call that succeeds at
+    /// once, nor for what happens in the caller's own transactions, which are not retried.
     ///
     /// The function may use the store. No lock of the store is held while it runs. Its time counts towards the
     /// deadline of the call. A panic in it reaches the caller, and leaves the store usable.
@@ -453,11 +454,11 @@ impl PostgresCheckpointStoreBuilder {
         let connector = Connector::new(config, tls, self.password_provider.clone());
         let deadline = deadline_after(timeout);
         let mut first = connector
-            .connect(deadline)
+            .connect(deadline, &mut drop)
             .map_err(|error| no_connection("connect", &server, error.into_cause()))?;
         if self.prepared_statements {
             // Where no more than one connection is to be had, there is nothing to find out.
-            let another = || connector.connect(deadline).ok();
+            let another = || connector.connect(deadline, &mut drop).ok();
             if let Err(cause) = refuse_shared_sessions(&mut first, another) {
                 close(first);
                 return Err(failure("connect", server, cause));

@@ -11,6 +11,7 @@ use postgres::{Client, Row};
 use super::errors::{ErrorClass, Outcome};
 use super::pool::{Loan, Peer, Pool};
 use super::prepared::name_the_pooler;
+use super::retry::NOTICE_AFTER;
 use super::session::{DirectSession, Parameters, Query, Session, StatementCache, is_stale};
 
 /// A connection that was used less than this time ago is used without a test.
@@ -161,11 +162,24 @@ impl PooledClient {
     }
 
     /// Whether it answers within the time, and, if that is in doubt, whether its server takes writes. Only
-    /// the first question has a time limit, so it comes first.
-    pub(crate) fn test(&mut self, limit: Duration) -> Result<bool, postgres::Error> {
+    /// the first question has a time limit, so it comes first. `waiting` is called if that takes almost a second.
+    pub(crate) fn test(
+        &mut self,
+        limit: Duration,
+        waiting: impl FnOnce(postgres::Error),
+    ) -> Result<bool, postgres::Error> {
+        let is_unanswered =
+            |error: &postgres::Error| error.as_db_error().is_none() && !error.is_closed();
         let began = Instant::now();
-        if let Err(error) = self.is_valid(limit) {
-            if error.as_db_error().is_none() && !error.is_closed() {
+        let answer = match self.is_valid(limit.min(NOTICE_AFTER)) {
+            Err(error) if is_unanswered(&error) && limit > NOTICE_AFTER => {
+                waiting(error);
+                self.is_valid(limit.saturating_sub(NOTICE_AFTER))
+            }
+            answer => answer,
+        };
+        if let Err(error) = answer {
+            if is_unanswered(&error) {
                 self.history.unanswered.set(began);
             }
             self.history.note(ErrorClass::ConnectionLost);

@@ -8,7 +8,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicIsize, Ordering};
-use std::sync::mpsc::{SendError, sync_channel};
+use std::sync::mpsc::{Receiver, SendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,6 +19,7 @@ use postgres::{Client, Config, Socket};
 
 use super::close::close;
 use super::connect_error::{ConnectError, Failure};
+use super::retry::NOTICE_AFTER;
 use super::targets::{Address, Target};
 use super::unresponsive::{self, Login};
 
@@ -88,8 +89,13 @@ impl Connector {
     }
 
     /// A connection to the first address that gives one. It is tried for no longer than until the
-    /// deadline. An address that has not answered the last time is tried after the others.
-    pub(crate) fn connect(&self, deadline: Instant) -> Result<Client, ConnectError> {
+    /// deadline. An address that has not answered the last time is tried after the others. `waiting` is called
+    /// once, with what is being waited for, if that takes almost a second.
+    pub(crate) fn connect(
+        &self,
+        deadline: Instant,
+        waiting: &mut dyn FnMut(ConnectError),
+    ) -> Result<Client, ConnectError> {
         let spare = self.0.spare().take();
         match spare {
             Some(client) if client.is_closed() => close(client),
@@ -105,10 +111,11 @@ impl Connector {
         });
         let mut untried = VecDeque::from(untried);
         let mut failures = Vec::new();
+        let mut notice = Notice { at: Instant::now() + NOTICE_AFTER, waiting: Some(waiting) };
         while let Some((target, address)) = untried.pop_front() {
             let until = self.limit(deadline, untried.len());
             let Some(address) = address else {
-                match self.addresses(target, until) {
+                match self.addresses(target, until, &mut notice) {
                     Ok(addresses) => {
                         let addresses =
                             addresses.into_iter().map(|address| (target, Some(address)));
@@ -123,7 +130,7 @@ impl Connector {
                 }
                 continue;
             };
-            match self.log_in(target, &address, until) {
+            match self.log_in(target, &address, until, &mut notice) {
                 Ok(client) => return Ok(client),
                 Err(failure) => failures.push((target.name_with(&address), failure)),
             }
@@ -146,12 +153,19 @@ impl Connector {
         }
     }
 
-    fn addresses(&self, target: &Arc<Target>, until: Instant) -> Result<Vec<Address>, Failure> {
+    fn addresses(
+        &self,
+        target: &Arc<Target>,
+        until: Instant,
+        notice: &mut Notice<'_>,
+    ) -> Result<Vec<Address>, Failure> {
         let mut addresses = if let Some(address) = target.address() {
             vec![address.clone()]
         } else {
             let target = Arc::clone(target);
-            bounded("pg-lookup", until, move || target.look_up(), drop)?
+            let outcome = bounded("pg-lookup", move || target.look_up(), drop)?;
+            notice
+                .wait(until, || Failure::NameServer, |until| receive(&outcome, until))
                 .ok_or(Failure::NameServer)?
                 .map_err(Failure::LookUp)?
         };
@@ -164,14 +178,21 @@ impl Connector {
         target: &Target,
         address: &Address,
         until: Instant,
+        notice: &mut Notice<'_>,
     ) -> Result<Client, Failure> {
-        let within = until.saturating_duration_since(Instant::now());
-        let no_answer = || Failure::NoAnswer { address: address.to_string(), within };
+        let began = Instant::now();
+        let no_answer = |within| Failure::NoAnswer { address: address.to_string(), within };
         if self.0.hung_providers.load(Ordering::Relaxed) >= MOST_HUNG_PROVIDERS {
             return Err(Failure::HungProviders);
         }
         let config = target.config(address);
-        let login = Arc::new(Login::begin(address, &config, until).ok_or_else(no_answer)?);
+        let login = notice.wait(
+            until,
+            || no_answer(began.elapsed()),
+            |until| Login::begin(address, &config, until),
+        );
+        let within = until.saturating_duration_since(began);
+        let login = Arc::new(login.ok_or_else(|| no_answer(within))?);
         // When the login itself began; `None` if its caller gave up before that.
         let start = Arc::new(OnceLock::new());
         if self.0.password.is_none() {
@@ -188,16 +209,22 @@ impl Connector {
                 shared.keep_for_a_while(client);
             }
         };
-        if let Some(outcome) = bounded("pg-login", until, work, keep)? {
+        let outcome = bounded("pg-login", work, keep)?;
+        let waits_for = || match start.get() {
+            Some(_) => no_answer(began.elapsed()),
+            None => Failure::NoPassword { within: began.elapsed() },
+        };
+        if let Some(outcome) = notice.wait(until, waits_for, |until| receive(&outcome, until)) {
             return outcome;
         }
+        drop(outcome);
         let Some(start) = start.get_or_init(|| None) else {
             self.0.hung_providers.fetch_add(1, Ordering::Relaxed);
             login.forget();
             return Err(Failure::NoPassword { within });
         };
         login.not_answered_since(*start);
-        Err(no_answer())
+        Err(no_answer(within))
     }
 }
 
@@ -270,14 +297,46 @@ fn bound_network_waits(config: &mut Config) {
     }
 }
 
-/// Runs something that has no limit of its own on another thread, and waits for it until the limit.
-/// `None`: it goes on, and `late` gets what comes of it.
+/// What a caller that waits is told, once.
+struct Notice<'a> {
+    at: Instant,
+    waiting: Option<&'a mut dyn FnMut(ConnectError)>,
+}
+
+impl Notice<'_> {
+    /// Waits until the limit, and on the way gives notice of the failure that it would be by then.
+    fn wait<T>(
+        &mut self,
+        until: Instant,
+        failure: impl FnOnce() -> Failure,
+        wait: impl Fn(Instant) -> Option<T>,
+    ) -> Option<T> {
+        /// A wait that is no longer says nothing of its peer.
+        const SHORTEST: Duration = Duration::from_millis(100);
+        let at = self.at.max(Instant::now() + SHORTEST);
+        if self.waiting.is_some() && at < until {
+            if let Some(answer) = wait(at) {
+                return Some(answer);
+            }
+            if let Some(waiting) = self.waiting.take() {
+                waiting(failure().into());
+            }
+        }
+        wait(until)
+    }
+}
+
+fn receive<T>(receiver: &Receiver<T>, until: Instant) -> Option<T> {
+    receiver.recv_timeout(until.saturating_duration_since(Instant::now())).ok()
+}
+
+/// Runs something that has no limit of its own on another thread. If the receiver of its outcome is dropped
+/// it goes on, and `late` gets what comes of it.
 fn bounded<T: Send + 'static>(
     thread: &str,
-    until: Instant,
     work: impl FnOnce() -> T + Send + 'static,
     late: impl FnOnce(T) + Send + 'static,
-) -> Result<Option<T>, Failure> {
+) -> Result<Receiver<T>, Failure> {
     // Without a buffer, so an outcome that was sent has been received.
     let (sender, receiver) = sync_channel(0);
     let run = move || {
@@ -286,7 +345,7 @@ fn bounded<T: Send + 'static>(
         }
     };
     thread::Builder::new().name(thread.to_owned()).spawn(run).map_err(Failure::NoThread)?;
-    Ok(receiver.recv_timeout(until.saturating_duration_since(Instant::now())).ok())
+    Ok(receiver)
 }
 
 fn message(panic: &(dyn Any + Send)) -> String {
@@ -351,12 +410,12 @@ mod tests {
     fn a_connection_that_comes_too_late_is_given_to_the_next_caller() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let connector = connector(&listener);
-        let error = connector.connect(soon()).map(drop).expect_err("no answer");
+        let error = connector.connect(soon(), &mut drop).map(drop).expect_err("no answer");
         assert!(error.to_string().starts_with("no answer from 127.0.0.1:"), "{error}");
         let mut server = accept(&listener);
         let_in(&mut server);
         wait_until_there_is_a_spare(&connector);
-        close(connector.connect(soon()).expect("the one that came late"));
+        close(connector.connect(soon(), &mut drop).expect("the one that came late"));
         listener.set_nonblocking(true).expect("a socket");
         assert!(listener.accept().is_err(), "there was no other login");
     }
@@ -367,7 +426,7 @@ mod tests {
         let connector = connector(&listener);
         let mut servers = Vec::new();
         for _ in 0..3 {
-            connector.connect(soon()).map(drop).expect_err("no answer");
+            connector.connect(soon(), &mut drop).map(drop).expect_err("no answer");
             servers.push(accept(&listener));
         }
         servers.iter_mut().for_each(let_in);
@@ -390,7 +449,7 @@ mod tests {
         }));
         // So long that an address would be held to be unresponsive.
         let deadline = Instant::now() + Duration::from_millis(1_500);
-        let error = connector.connect(deadline).map(drop).expect_err("it hangs");
+        let error = connector.connect(deadline, &mut drop).map(drop).expect_err("it hangs");
         assert!(error.to_string().starts_with("the password provider did not answer"), "{error}");
         assert!(!unresponsive::contains(&address));
         assert_eq!(connector.0.hung_providers.load(Ordering::Relaxed), 1);
@@ -408,7 +467,7 @@ mod tests {
         thread::scope(|scope| {
             scope.spawn(|| let_in(&mut accept(&listener)));
             let deadline = Instant::now() + Duration::from_secs(60);
-            close(connector.connect(deadline).expect("a connection"));
+            close(connector.connect(deadline, &mut drop).expect("a connection"));
         });
     }
 
@@ -418,7 +477,7 @@ mod tests {
         let mut connector = connector(&listener);
         let shared = Arc::get_mut(&mut connector.0).expect("the only handle");
         shared.log_in = Box::new(|_| panic!("no {} left", "descriptor"));
-        let error = connector.connect(Instant::now() + Duration::from_secs(60));
+        let error = connector.connect(Instant::now() + Duration::from_secs(60), &mut drop);
         let error = error.map(drop).expect_err("it panics");
         assert_eq!(error.to_string(), "the login panicked: no descriptor left");
         assert!(!error.is_refusal());

@@ -37,9 +37,13 @@ pub(crate) struct Connections {
     prepares: bool,
     observer: Option<Arc<Observer>>,
     history: Arc<History>,
+    /// Why no connection could be made last, until one can: for the calls that wait for one meanwhile.
+    outage: Mutex<Option<Arc<Outage>>>,
     /// `None` where the manager of the caller's pool makes the connections.
     logins: Option<Logins>,
 }
+
+type Outage = dyn std::error::Error + Send + Sync;
 
 /// What a statement may do after it was lost with its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,6 +80,7 @@ impl Connections {
             prepares,
             observer: None,
             history: Arc::default(),
+            outage: Mutex::default(),
             logins: Some(Logins::new(connector, prepares)),
         };
         match connections.pool.take(TIME_FOR_A_SLOT) {
@@ -99,6 +104,7 @@ impl Connections {
             prepares,
             observer: None,
             history: Arc::default(),
+            outage: Mutex::default(),
             logins: None,
         }
     }
@@ -138,7 +144,8 @@ impl Connections {
         subject: impl fmt::Display,
         retries: &mut Retries<'_>,
     ) {
-        if let Some(cause) = self.last_failure() {
+        let outage = self.outage().clone();
+        if let Some(cause) = outage {
             retries.observe(no_connection(operation, subject, NoConnection(cause)));
         }
     }
@@ -204,7 +211,12 @@ impl Connections {
             }
             let left = retries.left();
             let mut loan = match self.pool.take(left.min(ROUND)) {
-                Ok(loan) => loan,
+                Ok(loan) => {
+                    if self.logins.is_none() {
+                        *self.outage() = None;
+                    }
+                    loan
+                }
                 Err(timeout) => {
                     let (cause, is_failure) = self.why_there_is_none(timeout);
                     let error = no_connection(operation, &subject, cause);
@@ -218,13 +230,22 @@ impl Connections {
                 }
             };
             if let Some(logins) = self.logins.as_ref().filter(|_| loan.client().is_none()) {
-                match logins.login(retries.deadline()) {
-                    Ok(client) => loan.fill(client),
+                let deadline = retries.deadline();
+                let mut waiting = |cause: ConnectError| {
+                    let cause = self.note_outage(cause);
+                    retries.observe(no_connection(operation, &subject, NoConnection(cause)));
+                };
+                match logins.login(deadline, &mut waiting) {
+                    Ok(client) => {
+                        *self.outage() = None;
+                        loan.fill(client);
+                    }
                     Err(cause) => {
                         loan.abandon();
                         let is_hopeless = cause.is_refusal() && self.pool.state().connections == 0;
                         let next = if is_hopeless { Next::Fail } else { Next::Reconnect };
-                        let error = no_connection(operation, &subject, NoConnection(cause));
+                        let cause = NoConnection(self.note_outage(cause));
+                        let error = no_connection(operation, &subject, cause);
                         let pause = retries.after_no_connection(error, next)?;
                         self.wait_for_another(pause);
                         continue;
@@ -246,7 +267,9 @@ impl Connections {
                 continue;
             }
             // Half of the time is left to make a connection in its place.
-            match client.test((left / 2).clamp(SHORTEST_TEST, LONGEST_TEST)) {
+            let limit = (left / 2).clamp(SHORTEST_TEST, LONGEST_TEST);
+            let waiting = |cause| retries.observe(no_connection(operation, &subject, cause));
+            match client.test(limit, waiting) {
                 Ok(true) => {
                     client.mark_tested();
                     return Ok(client);
@@ -281,21 +304,27 @@ impl Connections {
         PooledClient::new(loan, self.prepares, &self.history, &self.pool)
     }
 
-    fn last_failure(&self) -> Option<Arc<ConnectError>> {
-        self.logins.as_ref().and_then(|logins| logins.last_failure().clone())
+    fn outage(&self) -> MutexGuard<'_, Option<Arc<Outage>>> {
+        self.outage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note_outage(&self, cause: impl std::error::Error + Send + Sync + 'static) -> Arc<Outage> {
+        let cause: Arc<Outage> = Arc::new(cause);
+        *self.outage() = Some(Arc::clone(&cause));
+        cause
     }
 
     /// Why a call gets no connection, and whether that is because none can be made.
     fn why_there_is_none(&self, timeout: r2d2::Error) -> (Cause, bool) {
         let size = self.pool.max_size();
-        match self.last_failure() {
-            _ if self.pool.state().connections == size => (AllInUse(size).into(), false),
+        if self.pool.state().connections == size {
+            return (AllInUse(size).into(), false);
+        }
+        let outage = self.outage().clone();
+        match outage.filter(|_| !names_its_cause(&timeout)) {
             Some(cause) => (NoConnection(cause).into(), true),
             None if self.logins.is_some() => (AllInUse(size).into(), false),
-            None => {
-                let is_failure = names_its_cause(&timeout);
-                (timeout.into(), is_failure)
-            }
+            None => (NoConnection(self.note_outage(timeout)).into(), true),
         }
     }
 }
@@ -306,40 +335,23 @@ struct Logins {
     looks_for_shared_sessions: bool,
     /// Whether a new connection came upon the prepared statements of another.
     found_shared_session: AtomicBool,
-    /// Why the last attempt has failed, if it has: for the calls that wait for a slot meanwhile.
-    last_failure: Mutex<Option<Arc<ConnectError>>>,
 }
 
 impl Logins {
     fn new(connector: Connector, looks_for_shared_sessions: bool) -> Self {
-        Self {
-            connector,
-            looks_for_shared_sessions,
-            found_shared_session: AtomicBool::new(false),
-            last_failure: Mutex::default(),
-        }
-    }
-
-    fn last_failure(&self) -> MutexGuard<'_, Option<Arc<ConnectError>>> {
-        self.last_failure.lock().unwrap_or_else(PoisonError::into_inner)
+        Self { connector, looks_for_shared_sessions, found_shared_session: AtomicBool::new(false) }
     }
 
     fn found_shared_session(&self) -> bool {
         self.found_shared_session.load(Ordering::Relaxed)
     }
 
-    fn login(&self, deadline: Instant) -> Result<Client, Arc<ConnectError>> {
-        match self.connector.connect(deadline).and_then(|client| self.inspect(client)) {
-            Ok(client) => {
-                *self.last_failure() = None;
-                Ok(client)
-            }
-            Err(cause) => {
-                let cause = Arc::new(cause);
-                *self.last_failure() = Some(Arc::clone(&cause));
-                Err(cause)
-            }
-        }
+    fn login(
+        &self,
+        deadline: Instant,
+        waiting: &mut dyn FnMut(ConnectError),
+    ) -> Result<Client, ConnectError> {
+        self.connector.connect(deadline, waiting).and_then(|client| self.inspect(client))
     }
 
     fn inspect(&self, mut client: Client) -> Result<Client, ConnectError> {
@@ -374,7 +386,7 @@ pub(crate) fn next_after(class: ErrorClass, after_loss: AfterLoss) -> Next {
 
 /// No connection could be made. Calls that wait for one share the cause.
 #[derive(Debug)]
-struct NoConnection(Arc<ConnectError>);
+struct NoConnection(Arc<Outage>);
 
 impl fmt::Display for NoConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

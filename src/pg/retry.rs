@@ -30,6 +30,9 @@ pub struct Retry<'a> {
     pub elapsed: Duration,
 }
 
+/// How long a call waits for an answer before the observer learns of it.
+pub(crate) const NOTICE_AFTER: Duration = Duration::from_millis(900);
+
 pub(crate) type Observer = dyn Fn(&Retry<'_>) + Send + Sync;
 
 /// The moment at which something that may take so long from now has to be over.

@@ -211,7 +211,9 @@ impl Frozen {
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        for pid in &self.0 {
+        // One that was ending already may be gone.
+        let is_there = |pid: &&i32| fs::exists(format!("/proc/{pid}")).unwrap_or(false);
+        for pid in self.0.iter().filter(is_there) {
             signal_pid(*pid, Signal::CONT);
         }
     }

@@ -11,6 +11,7 @@ use checkpoint_store::{
     CheckpointStore, Error, PostgresCheckpointStore, PostgresCheckpointStoreBuilder, Result, Retry,
 };
 
+use crate::deadlines::Frozen;
 use crate::harness::{self, Cut, Options, Proxy, Schema, Server, pool, sql_state, wait_until};
 
 /// What an observer was told.
@@ -48,6 +49,14 @@ impl Log {
 
     fn len(&self) -> usize {
         self.0.lock().unwrap().len()
+    }
+
+    /// How many threads have been told.
+    fn threads(&self) -> usize {
+        let mut threads: Vec<_> = self.told().iter().map(|it| format!("{:?}", it.thread)).collect();
+        threads.sort();
+        threads.dedup();
+        threads.len()
     }
 }
 
@@ -163,6 +172,102 @@ fn each_call_tells_of_an_outage_within_a_second_and_at_most_five_times_a_second(
     assert!(failures.is_empty(), "{failures:#?}");
 }
 
+/// It accepts connections and never answers: no login fails for as long as it may take.
+#[test]
+fn each_call_beside_a_frozen_server_is_told_within_a_second() {
+    let server = Server::start(Options::fast());
+    let mut trials = Vec::new();
+    for (operation, call) in CALLS.into_iter().chain([("wait_for", wait_for as Call)]) {
+        // An idle connection does not answer its test, an empty slot no login.
+        for (kind, is_empty) in [("idle", false), ("empty", true), ("caller's pool", true)] {
+            let log = Log::default();
+            let params = format!("{} connect_timeout=15", server.params());
+            let [builders, callers] = both_kinds(&params, 1, |it| log.observes(it));
+            let store = if kind == "caller's pool" { callers } else { builders };
+            store.migrate().unwrap();
+            if is_empty {
+                lose_the_only_connection(&store);
+            }
+            trials.push((format!("{operation}, {kind}"), call, log, store));
+        }
+    }
+    let idle = Instant::now();
+    wait_until("no connection is trusted", || idle.elapsed() > Duration::from_millis(1_200));
+    let frozen = Frozen::freeze(&server);
+    let began = Instant::now();
+    thread::scope(|scope| {
+        for (_, call, _, store) in &trials {
+            scope.spawn(|| drop(call(store)));
+        }
+        wait_until("all have been told, or it is too late", || {
+            trials.iter().all(|(_, _, log, _)| log.len() > 0)
+                || began.elapsed() > Duration::from_secs(4)
+        });
+        let untold: Vec<_> =
+            trials.iter().filter(|(_, _, log, _)| log.len() == 0).map(|it| &it.0).collect();
+        drop(frozen);
+        assert!(untold.is_empty(), "not told within a second and some grace: {untold:?}");
+    });
+}
+
+fn lose_the_only_connection(store: &PostgresCheckpointStore) {
+    let mut client = store.connection().unwrap();
+    client.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").unwrap_err();
+    wait_until("the client knows of it", || {
+        client.batch_execute("").is_err() && client.is_closed()
+    });
+}
+
+fn wait_for(store: &PostgresCheckpointStore) -> Result<()> {
+    store.wait_for("orders", 1_000, Duration::from_secs(10)).map(drop)
+}
+
+/// More callers than may log in at once, and more than the pool has places.
+#[test]
+fn callers_that_wait_for_a_frozen_server_behind_each_other_are_told_too() {
+    const THREADS: usize = 8;
+    let server = Server::start(Options::fast());
+    let log = Log::default();
+    let store = log
+        .observes(PostgresCheckpointStore::builder().max_connections(6))
+        .connect(&format!("{} connect_timeout=15", server.params()))
+        .unwrap();
+    store.migrate().unwrap();
+    lose_the_only_connection(&store);
+    let frozen = Frozen::freeze(&server);
+    let began = Instant::now();
+    thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| drop(store.get("orders")));
+        }
+        wait_until("all have been told, or it is too late", || {
+            log.threads() == THREADS || began.elapsed() > Duration::from_secs(5)
+        });
+        let told = log.threads();
+        drop(frozen);
+        assert_eq!(told, THREADS, "{:#?}", log.told());
+    });
+    let reasons = log.told().iter().filter(|it| it.report.contains("no answer")).count();
+    assert!(reasons >= THREADS, "{:#?}", log.told());
+}
+
+/// A login that takes no longer than it should, and a connection that answers its test, are nothing to report.
+#[test]
+fn a_connection_that_is_made_in_time_is_not_told_of() {
+    let server = Server::start(Options::fast());
+    let log = Log::default();
+    for store in both_kinds(&server.params(), 2, |it| log.observes(it)) {
+        store.migrate().unwrap();
+        for _ in 0..3 {
+            let (one, other) = (store.connection().unwrap(), store.connection().unwrap());
+            drop((one, other));
+            harness::end_sessions(&mut server.client());
+        }
+        store.connection().unwrap();
+    }
+    assert!(log.told().iter().all(|it| !it.report.contains("no answer")), "{:#?}", log.told());
+}
+
 /// One call makes the connection; the others wait for the slot, and are told why there is none.
 #[test]
 fn calls_that_wait_for_a_slot_are_told_too() {
@@ -186,12 +291,7 @@ fn calls_that_wait_for_a_slot_are_told_too() {
                     })
                 })
                 .collect();
-            wait_until("all have been told", || {
-                let mut threads: Vec<_> = log.told().iter().map(|it| it.thread).collect();
-                threads.sort_by_key(|it| format!("{it:?}"));
-                threads.dedup();
-                threads.len() == THREADS
-            });
+            wait_until("all have been told", || log.threads() == THREADS);
             server.restart();
             for call in calls {
                 assert_ne!(call.join().unwrap(), thread::current().id());
@@ -204,40 +304,40 @@ fn calls_that_wait_for_a_slot_are_told_too() {
 #[test]
 fn each_call_in_a_group_is_told_of_an_outage() {
     const THREADS: usize = 24;
+    let time = Duration::from_secs(8);
     let server = Server::start(Options::fast());
-    let log = Log::default();
-    let builder = PostgresCheckpointStore::builder()
-        .max_connections(2)
-        .group_commit(true)
-        .connection_timeout(Duration::from_secs(8));
-    let store = log.observes(builder).connect(&server.params()).unwrap();
-    store.migrate().unwrap();
-    for i in 0..THREADS {
-        store.save(&format!("projection {i}"), 1).unwrap();
-    }
-    server.stop();
-    let (store, log) = (&store, &log);
-    thread::scope(|scope| {
-        let calls: Vec<_> = (0..THREADS)
-            .map(|i| scope.spawn(move || drop(store.save(&format!("projection {i}"), 2))))
-            .collect();
-        let began = Instant::now();
-        let threads = || {
-            let mut threads: Vec<_> = log.told().iter().map(|it| it.thread).collect();
-            threads.sort_by_key(|it| format!("{it:?}"));
-            threads.dedup();
-            threads.len()
+    for is_callers_pool in [false, true] {
+        let log = Log::default();
+        let builder = log.observes(
+            PostgresCheckpointStore::builder().group_commit(true).connection_timeout(time),
+        );
+        let store = if is_callers_pool {
+            builder.build(pool(&server.params(), 2, time)).unwrap()
+        } else {
+            builder.max_connections(2).connect(&server.params()).unwrap()
         };
-        wait_until("all have been told, or the time is over", || {
-            threads() == THREADS || began.elapsed() > Duration::from_secs(5)
-        });
-        let told = threads();
-        server.restart();
-        for call in calls {
-            call.join().unwrap();
+        store.migrate().unwrap();
+        for i in 0..THREADS {
+            store.save(&format!("projection {i}"), 1).unwrap();
         }
-        assert_eq!(told, THREADS, "calls that were told");
-    });
+        server.stop();
+        let (store, log) = (&store, &log);
+        thread::scope(|scope| {
+            let calls: Vec<_> = (0..THREADS)
+                .map(|i| scope.spawn(move || drop(store.save(&format!("projection {i}"), 2))))
+                .collect();
+            let began = Instant::now();
+            wait_until("all have been told, or the time is over", || {
+                log.threads() == THREADS || began.elapsed() > Duration::from_secs(5)
+            });
+            let told = log.threads();
+            server.restart();
+            for call in calls {
+                call.join().unwrap();
+            }
+            assert_eq!(told, THREADS, "calls that were told, caller's pool {is_callers_pool}");
+        });
+    }
 }
 
 #[test]
