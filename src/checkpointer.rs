@@ -153,14 +153,9 @@ pub struct Checkpointer<S> {
     progress: Progress,
     /// Where saves were to go whose outcome is unknown, in ascending order.
     in_doubt: Vec<i64>,
-    /// The conflict by which a rival was found out: what is stored from then on is the rival's.
-    conflict: Option<Conflict>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Conflict {
-    expected: i64,
-    found: i64,
+    /// The expected and the found offset of the conflict by which a rival was found out: what is stored
+    /// from then on is the rival's.
+    conflict: Option<(i64, i64)>,
 }
 
 impl<S: CheckpointStore> Checkpointer<S> {
@@ -421,15 +416,11 @@ impl<S: CheckpointStore> Checkpointer<S> {
     }
 
     fn save(&mut self) -> Result<()> {
-        if let Some(Conflict { expected, found }) = self.conflict {
+        if let Some((expected, found)) = self.conflict {
             return Err(Error::conflict(&self.projection, expected, found));
         }
         let to = self.progress.offset;
-        loop {
-            let error = match self.store.advance(&self.projection, self.progress.saved, to) {
-                Ok(()) => break,
-                Err(error) => error,
-            };
+        while let Err(error) = self.store.advance(&self.projection, self.progress.saved, to) {
             match error {
                 // What is there may be a save of our own that was not answered: go on from it.
                 Error::Conflict { found, .. } if self.in_doubt.binary_search(&found).is_ok() => {
@@ -441,9 +432,7 @@ impl<S: CheckpointStore> Checkpointer<S> {
                     continue;
                 }
                 // Anybody else's: whatever is stored from now on, this runner is not to touch it.
-                Error::Conflict { expected, found, .. } => {
-                    self.conflict = Some(Conflict { expected, found });
-                }
+                Error::Conflict { expected, found, .. } => self.conflict = Some((expected, found)),
                 // It may have been stored all the same, and the next save has to know it.
                 Error::Unavailable { .. } if self.in_doubt.last() != Some(&to) => {
                     self.in_doubt.push(to);
