@@ -305,17 +305,13 @@ impl<'a> Call<'a> {
         let requests = lock(&self.group.queue).under_way.clone();
         let writes: Vec<_> = requests.iter().map(|request| &request.write).collect();
         let failed = |executed, error| State::Failed(executed, Unanswered::Failed(Arc::new(error)));
-        match together(&writes) {
-            Ok(stored) => self.end_group(&stored, &State::Alone),
-            Err(error) => {
-                let outcome = match error {
-                    GroupError::NotSent(error) => failed(Executed::No, error),
-                    GroupError::Lost(error) => failed(Executed::Unknown, error),
-                    GroupError::Refused => State::Alone,
-                };
-                self.end_group(&Stored::new(), &outcome);
-            }
-        }
+        let (stored, not_stored) = match together(&writes) {
+            Ok(stored) => (stored, State::Alone),
+            Err(GroupError::Refused) => (Stored::new(), State::Alone),
+            Err(GroupError::NotSent(error)) => (Stored::new(), failed(Executed::No, error)),
+            Err(GroupError::Lost(error)) => (Stored::new(), failed(Executed::Unknown, error)),
+        };
+        self.end_group(&stored, &not_stored);
         self.state()
     }
 
@@ -355,6 +351,7 @@ impl Drop for Call<'_> {
         if let State::Leader(executed) = self.state() {
             self.end_group(&Stored::new(), &State::Failed(executed, Unanswered::Panicked));
         }
+        // In the other states it has left the queue already.
         if let State::Alone | State::Failed(..) = self.state() {
             let mut queue = lock(&self.group.queue);
             queue.calls -= 1;
