@@ -180,12 +180,10 @@ fn invalid_input_changes_nothing(store: &dyn CheckpointStore) {
             ("get", store.get(name).map(drop)),
             ("delete", store.delete(name).map(drop)),
         ];
+        let (start, len) = (name.chars().take(20).collect::<String>(), name.len());
         for (what, result) in by_name.into_iter().chain(with_offset(name, 1)) {
-            let refused =
-                matches!(&result, Err(Error::InvalidProjection { name: it, .. }) if it == name);
-            let (start, len) = (name.chars().take(20).collect::<String>(), name.len());
             assert!(
-                refused,
+                matches!(&result, Err(Error::InvalidProjection { name: it, .. }) if it == name),
                 "conformance: {what} must refuse the name {start:?} ({len} bytes) with InvalidProjection, \
                  but returned {result:?}"
             );
@@ -194,9 +192,8 @@ fn invalid_input_changes_nothing(store: &dyn CheckpointStore) {
     let negative = [("good", -1), ("other", -1), ("other", i64::MIN)];
     let advances = [(5, -1), (i64::MIN, 5), (-2, -1), (5, 4)]
         .map(|(from, to)| ("advance", store.advance("good", from, to)));
-    for (what, result) in
-        negative.into_iter().flat_map(|(name, offset)| with_offset(name, offset)).chain(advances)
-    {
+    let negative = negative.into_iter().flat_map(|(name, offset)| with_offset(name, offset));
+    for (what, result) in negative.chain(advances) {
         assert!(
             matches!(result, Err(Error::InvalidOffset { .. })),
             "conformance: {what} must refuse invalid offsets with InvalidOffset, but returned {result:?}"
@@ -425,10 +422,10 @@ fn exactly_one_concurrent_delete_returns_true(store: &dyn CheckpointStore) {
         let deleted = ok(store.delete("fleeting"));
         i64::from(created) - i64::from(deleted)
     };
-    let created_more = in_threads(THREADS, |_| rounds().map(round).sum::<i64>());
+    let surplus = in_threads(THREADS, |_| rounds().map(round).sum::<i64>());
     let left = ok(store.delete("fleeting"));
     check(
-        created_more.into_iter().sum::<i64>(),
+        surplus.into_iter().sum::<i64>(),
         left.into(),
         "of several callers that create one checkpoint by advance, exactly one must succeed, and of several \
          that delete it, exactly one must get true",
