@@ -47,10 +47,9 @@ impl Cadence {
         Self { events: None, interval: None }.or_every(events)
     }
 
-    /// Saves when this much time has passed since the first event that is not saved yet. So no
-    /// event waits longer than that, as long as the loop calls
-    /// [`processed`](Checkpointer::processed) or [`save_if_due`](Checkpointer::save_if_due);
-    /// a [`Checkpointer`] has no thread of its own.
+    /// Saves when this much time has passed since the first unsaved event. No event waits longer, as long
+    /// as the loop calls [`processed`](Checkpointer::processed) or
+    /// [`save_if_due`](Checkpointer::save_if_due); a [`Checkpointer`] has no thread of its own.
     ///
     /// # Examples
     ///
@@ -64,7 +63,7 @@ impl Cadence {
         Self { events: None, interval: None }.or_within(interval)
     }
 
-    /// Saves after this many events too, if that comes first. Of two numbers the smaller holds.
+    /// Also saves after this many events, if that comes first. Of two numbers, the smaller one applies.
     ///
     /// # Panics
     ///
@@ -87,7 +86,7 @@ impl Cadence {
         self
     }
 
-    /// Saves within this time too, if that comes first. Of two times the shorter holds.
+    /// Also saves within this time, if that comes first. Of two times, the shorter one applies.
     ///
     /// # Examples
     ///
@@ -108,11 +107,11 @@ impl Cadence {
 
 /// Saves a projection's checkpoint at a [`Cadence`], for a loop that processes events one by one.
 ///
-/// It gives at-least-once processing: after a crash the events since the last save are processed
-/// again, and none is left out. While the store works they are no more than the cadence allows (and what
-/// a [`Watermark`](crate::Watermark) had out of order); while it is down the loop may continue, and
-/// `offset() - saved()` is the range of offsets that a crash would repeat.
-/// For exactly once save inside the transaction that applies the events.
+/// It gives at-least-once processing: after a crash the events since the last save are processed again,
+/// and none is left out. While the store works they are no more than the cadence allows (and what a
+/// [`Watermark`](crate::Watermark) had out of order); while it is down the loop may continue, and
+/// `offset() - saved()` is the range of offsets that a crash would repeat. For exactly-once processing,
+/// save inside the transaction that applies the events.
 ///
 /// It saves with [`advance`](CheckpointStore::advance), so a second runner of the same projection
 /// is detected: one of the two, whichever saves later, gets a [`Conflict`](Error::Conflict) at its
@@ -122,13 +121,13 @@ impl Cadence {
 ///
 /// A save that fails is due again at once, with the next [`processed`](Checkpointer::processed),
 /// [`save_if_due`](Checkpointer::save_if_due) or [`flush`](Checkpointer::flush). When it failed as
-/// [`Unavailable`](Error::Unavailable) it may have been stored all the same; the next save finds
-/// out, and does not mistake this runner's own save for a rival's. (Should a rival have stored that
-/// very offset, it is found out one save later.)
+/// [`Unavailable`](Error::Unavailable) it may have been stored all the same; the next save finds out, and
+/// does not mistake this runner's own save for a rival's. If a rival has stored the same offset, it is
+/// detected one save later.
 ///
-/// **Dropping it saves nothing**: it could not tell of a failure. Call
-/// [`flush`](Checkpointer::flush) at the end of the loop; without it the events since the last
-/// save are processed again by the next run.
+/// **Dropping it saves nothing**, because a drop cannot report a failure. Call
+/// [`flush`](Checkpointer::flush) at the end of the loop; without it the events since the last save are
+/// processed again by the next run.
 ///
 /// # Examples
 ///
@@ -153,18 +152,13 @@ pub struct Checkpointer<S> {
     progress: Progress,
     /// Where saves were to go whose outcome is unknown, in ascending order.
     in_doubt: Vec<i64>,
-    /// The conflict by which a rival was found out: what is stored from then on is the rival's.
-    conflict: Option<Conflict>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Conflict {
-    expected: i64,
-    found: i64,
+    /// The expected and the found offset of the conflict by which a rival was found out: what is stored
+    /// from then on is the rival's.
+    conflict: Option<(i64, i64)>,
 }
 
 impl<S: CheckpointStore> Checkpointer<S> {
-    /// Goes on where the projection was: reads its checkpoint.
+    /// Resumes the projection where it stopped: reads its checkpoint.
     ///
     /// `store` may be owned, a reference, or an [`Arc`](std::sync::Arc).
     ///
@@ -207,7 +201,7 @@ impl<S: CheckpointStore> Checkpointer<S> {
         &self.projection
     }
 
-    /// The offset of the last event processed, saved or not: read on from the one after it.
+    /// The offset of the last processed event, saved or not. Continue reading after it.
     ///
     /// # Examples
     ///
@@ -304,17 +298,17 @@ impl<S: CheckpointStore> Checkpointer<S> {
         self.store
     }
 
-    /// Says that the event at `offset`, and so every one before it, has been processed; saves if
-    /// the cadence says so. Returns whether this call saved.
+    /// Records that the event at `offset` and all events before it have been processed, and saves if the
+    /// cadence requires it. Returns whether this call saved.
     ///
-    /// Offsets may leave gaps. The same offset again processes nothing more.
+    /// Offsets may have gaps. The same offset again does not count as another event.
     ///
     /// # Errors
     ///
-    /// [`InvalidOffset`](Error::InvalidOffset) when `offset` is before the last one; nothing has
-    /// changed then. Otherwise as [`CheckpointStore::advance`]: the event counts as processed, the
-    /// save is due. While the store is unavailable this call takes as long as the store waits, and
-    /// whoever shares the `Checkpointer` behind a lock waits with it.
+    /// [`InvalidOffset`](Error::InvalidOffset) if `offset` is before the last one; nothing has changed
+    /// then. Otherwise as [`CheckpointStore::advance`]: the event counts as processed, and the save is
+    /// due. While the store is unavailable, this call takes as long as the store waits, and so do other
+    /// threads that share the `Checkpointer` behind a lock.
     ///
     /// # Examples
     ///
@@ -332,7 +326,7 @@ impl<S: CheckpointStore> Checkpointer<S> {
         self.save_if_due_at(now)
     }
 
-    /// Saves if the cadence says so, without an event: for a loop that waits for the next one with
+    /// Saves if the cadence requires it, without an event. For a loop that waits for the next event with
     /// a time-out. Returns whether this call saved.
     ///
     /// # Errors
@@ -365,8 +359,8 @@ impl<S: CheckpointStore> Checkpointer<S> {
         self.save_if_due_at(Instant::now())
     }
 
-    /// Saves whatever is not saved yet, due or not: the last save of a loop. Returns whether this
-    /// call saved.
+    /// Saves what is not saved yet, even if it is not due. Call it at the end of a loop. Returns whether
+    /// this call saved.
     ///
     /// # Errors
     ///
@@ -421,15 +415,11 @@ impl<S: CheckpointStore> Checkpointer<S> {
     }
 
     fn save(&mut self) -> Result<()> {
-        if let Some(Conflict { expected, found }) = self.conflict {
+        if let Some((expected, found)) = self.conflict {
             return Err(Error::conflict(&self.projection, expected, found));
         }
         let to = self.progress.offset;
-        loop {
-            let error = match self.store.advance(&self.projection, self.progress.saved, to) {
-                Ok(()) => break,
-                Err(error) => error,
-            };
+        while let Err(error) = self.store.advance(&self.projection, self.progress.saved, to) {
             match error {
                 // What is there may be a save of our own that was not answered: go on from it.
                 Error::Conflict { found, .. } if self.in_doubt.binary_search(&found).is_ok() => {
@@ -441,9 +431,7 @@ impl<S: CheckpointStore> Checkpointer<S> {
                     continue;
                 }
                 // Anybody else's: whatever is stored from now on, this runner is not to touch it.
-                Error::Conflict { expected, found, .. } => {
-                    self.conflict = Some(Conflict { expected, found });
-                }
+                Error::Conflict { expected, found, .. } => self.conflict = Some((expected, found)),
                 // It may have been stored all the same, and the next save has to know it.
                 Error::Unavailable { .. } if self.in_doubt.last() != Some(&to) => {
                     self.in_doubt.push(to);

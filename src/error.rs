@@ -2,7 +2,7 @@ use std::error::Error as StdError;
 use std::fmt;
 
 #[cfg(feature = "postgres")]
-use crate::pg::{CALLERS_POOL, CALLERS_STATEMENT, postgres_error, transience};
+use crate::pg::{postgres_error, transience};
 
 type Source = Box<dyn StdError + Send + Sync>;
 
@@ -295,20 +295,26 @@ struct Report<'a>(&'a Error);
 
 impl fmt::Display for Report<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut links = std::iter::successors(Some(self.0 as &dyn StdError), |&link| link.source());
         let mut last = String::new();
-        links.try_for_each(|link| {
-            let message = one_line(&link.to_string());
+        for cause in causes(self.0) {
+            let message = one_line(&cause.to_string());
             // Some libraries repeat their cause in their own message.
             if last.ends_with(&message) {
-                return Ok(());
+                continue;
             }
             let separator = if last.is_empty() { "" } else { ": " };
             write!(f, "{separator}{message}")?;
             last = message;
-            Ok(())
-        })
+        }
+        Ok(())
     }
+}
+
+/// The error and its chain of causes.
+pub(crate) fn causes<'a>(
+    error: &'a (dyn StdError + 'static),
+) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
+    std::iter::successors(Some(error), |&error| error.source())
 }
 
 /// Whether the cause is transient, if that is known.
@@ -340,10 +346,10 @@ impl From<Source> for Error {
     }
 }
 
-#[cfg(not(feature = "postgres"))]
-const CALLERS_STATEMENT: &str = "statement";
-#[cfg(not(feature = "postgres"))]
-const CALLERS_POOL: &str = "pool";
+/// The name of the operation in the error of a statement that is the caller's own.
+pub(crate) const CALLERS_STATEMENT: &str = "statement";
+/// The name of the operation in the error of a pool that is the caller's own.
+pub(crate) const CALLERS_POOL: &str = "pool";
 
 fn unavailable(operation: &str) -> String {
     match operation {

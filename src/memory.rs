@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
+use crate::validate::{validate_advance, validate_all, validate_projection};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
 
 /// Checkpoints in the memory of this process, for tests and for read models that are in memory too.
@@ -34,12 +34,6 @@ struct Row {
     updated_at: SystemTime,
 }
 
-impl Row {
-    fn now(offset: i64) -> Self {
-        Self { offset, updated_at: SystemTime::now() }
-    }
-}
-
 impl MemoryCheckpointStore {
     /// Creates an empty store.
     ///
@@ -64,7 +58,7 @@ impl MemoryCheckpointStore {
 
 /// Allocates only if the projection is new.
 fn put(rows: &mut HashMap<String, Row>, projection: &str, offset: i64) {
-    let row = Row::now(offset);
+    let row = Row { offset, updated_at: SystemTime::now() };
     match rows.get_mut(projection) {
         Some(stored) => *stored = row,
         None => {
@@ -91,10 +85,7 @@ impl CheckpointStore for MemoryCheckpointStore {
     }
 
     fn save(&self, projection: &str, offset: i64) -> Result<()> {
-        validate_projection(projection)?;
-        validate_offset(offset)?;
-        put(&mut self.rows(), projection, offset);
-        Ok(())
+        self.save_many(&[(projection, offset)])
     }
 
     fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {

@@ -159,29 +159,25 @@ impl fmt::Display for Health {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::CaughtUp => f.write_str("projection up to date"),
-            Self::Lagging { lag } => write!(f, "projection lagging: {}", Events(lag)),
+            Self::Lagging { lag } => write!(f, "projection lagging: {}", events(lag)),
             Self::CriticallyLagging { lag } => {
-                write!(f, "projection critically lagging: {}", Events(lag))
+                write!(f, "projection critically lagging: {}", events(lag))
             }
             Self::Stalled { lag, idle } => write!(
                 f,
                 "projection stalled: {} behind, not saved for {} s",
-                Events(lag),
+                events(lag),
                 idle.as_secs()
             ),
             Self::AheadOfHead { by } => {
-                write!(f, "projection ahead of the stream head: {}", Events(by))
+                write!(f, "projection ahead of the stream head: {}", events(by))
             }
         }
     }
 }
 
-struct Events(i64);
-
-impl fmt::Display for Events {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} event{}", self.0, if self.0 == 1 { "" } else { "s" })
-    }
+fn events(count: i64) -> String {
+    format!("{count} event{}", if count == 1 { "" } else { "s" })
 }
 
 /// The severity of a [`Health`], for probes and alerts. The levels are ordered from good to bad, so the

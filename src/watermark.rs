@@ -4,18 +4,17 @@ use std::sync::PoisonError;
 use crate::sync::{Mutex, MutexGuard};
 use crate::{Error, Result};
 
-/// How far a stream is processed without a hole, when threads process its events in any order.
+/// How far a stream is processed without a gap, if several threads process its events.
 ///
 /// One reader [begins](Watermark::begin) events in stream order and hands them out; workers
-/// [complete](Watermark::complete) them in whatever order they get done. The watermark is the
-/// offset up to which everything is complete. It never passes an event that was begun and is not
-/// complete, so it is safe to checkpoint: after a crash nothing is lost, and what was completed
-/// beyond it is processed again.
+/// [complete](Watermark::complete) them in any order. The watermark is the offset up to which everything
+/// is complete. It never passes an event that was begun and is not complete, so it is safe to checkpoint:
+/// after a crash nothing is lost, and what was completed beyond it is processed again.
 ///
 /// Each event costs a constant time on average, however many are in flight. Every event since the
-/// watermark is remembered: one that is never completed holds the watermark for ever, and memory
-/// grows by 8 to 16 bytes with each event that is begun and completed beyond it; it is given back when
-/// the watermark moves on. So complete an event even when it is given up, and stop reading while the
+/// watermark is remembered: one that is never completed holds the watermark for ever, and memory grows by
+/// 8 to 16 bytes with each event that is begun and completed beyond it; it is given back when the
+/// watermark moves on. Therefore complete an event even if you give it up, and stop reading while the
 /// watermark is too far behind.
 ///
 /// What [`complete`](Watermark::complete) returned in one thread may reach another after a later one:
@@ -94,8 +93,9 @@ impl Window {
 }
 
 impl Watermark {
-    /// Everything up to `offset` is done: what [`get`](crate::CheckpointStore::get) or
-    /// [`Checkpointer::offset`](crate::Checkpointer::offset) said.
+    /// Creates a watermark at `offset`, the last processed event: what
+    /// [`get`](crate::CheckpointStore::get) or [`Checkpointer::offset`](crate::Checkpointer::offset)
+    /// returned.
     ///
     /// # Examples
     ///
@@ -114,13 +114,13 @@ impl Watermark {
         Self { window: Mutex::new(window) }
     }
 
-    /// Says that the event at `offset` is on its way. Called by the reader, in stream order,
-    /// before a worker gets the event. Offsets may leave gaps.
+    /// Records that the event at `offset` is in flight. The reader calls it in stream order, before a
+    /// worker gets the event. Offsets may have gaps.
     ///
     /// # Errors
     ///
-    /// [`InvalidOffset`](Error::InvalidOffset) unless `offset` is greater than every one begun
-    /// before and the one started at; nothing has changed then.
+    /// [`InvalidOffset`](Error::InvalidOffset) unless `offset` is greater than the starting offset and
+    /// all that were begun; nothing has changed then.
     ///
     /// # Examples
     ///
@@ -144,13 +144,13 @@ impl Watermark {
         Ok(())
     }
 
-    /// Says that the event at `offset` is done, and returns the watermark after it. Called by any
-    /// worker, in any order.
+    /// Records that the event at `offset` is processed, and returns the new watermark. Workers call it in
+    /// any order.
     ///
     /// # Errors
     ///
-    /// [`InvalidOffset`](Error::InvalidOffset) when the event was not begun, or is complete
-    /// already; nothing has changed then.
+    /// [`InvalidOffset`](Error::InvalidOffset) if the event was not begun or is already complete; nothing
+    /// has changed then.
     ///
     /// # Examples
     ///
@@ -181,7 +181,7 @@ impl Watermark {
         Ok(window.watermark)
     }
 
-    /// The watermark: every event up to here is done, so this is safe to checkpoint.
+    /// The watermark. Every event up to it is processed, so it is safe to checkpoint.
     ///
     /// # Examples
     ///
@@ -197,7 +197,7 @@ impl Watermark {
         self.window().watermark
     }
 
-    /// How many events were begun and are not complete.
+    /// The number of events that were begun and are not complete.
     ///
     /// # Examples
     ///

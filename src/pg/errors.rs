@@ -8,6 +8,7 @@ use postgres::error::{Severity, SqlState};
 
 use super::connect_error::ConnectError;
 use crate::Error;
+use crate::error::{CALLERS_POOL, CALLERS_STATEMENT, causes};
 
 /// What went wrong underneath: a `postgres::Error` in most cases.
 pub(crate) type Cause = Box<dyn StdError + Send + Sync>;
@@ -36,39 +37,17 @@ impl ErrorClass {
             return Self::RolledBack;
         }
         let Some(error) = cause.downcast_ref::<postgres::Error>() else { return Self::Permanent };
-        let code = error.code();
-        if code == Some(&SqlState::IDLE_SESSION_TIMEOUT) && is_connection_loss(error) {
-            return Self::IdleSessionEnded;
-        }
-        if is_connection_loss(error) || is_without_an_answer(error) {
-            return Self::ConnectionLost;
-        }
-        match code {
+        match error.code() {
+            Some(&SqlState::IDLE_SESSION_TIMEOUT) if is_connection_loss(error) => {
+                Self::IdleSessionEnded
+            }
+            _ if is_connection_loss(error) || is_without_an_answer(error) => Self::ConnectionLost,
             Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => Self::AbortedTransaction,
             Some(&SqlState::READ_ONLY_SQL_TRANSACTION) => Self::ReadOnly,
             Some(&SqlState::T_R_SERIALIZATION_FAILURE | &SqlState::T_R_DEADLOCK_DETECTED) => {
                 Self::RolledBack
             }
             _ => Self::Permanent,
-        }
-    }
-}
-
-/// Whose statement has failed. Only a statement that may wait for a row lock can succeed later after
-/// it was cancelled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Statement {
-    Read,
-    Write,
-    OfTheCaller,
-}
-
-impl Statement {
-    fn of_operation(operation: &str) -> Self {
-        if ["find", "get", "all", "wait_for"].contains(&operation) {
-            Self::Read
-        } else {
-            Self::Write
         }
     }
 }
@@ -80,21 +59,23 @@ pub(crate) fn failure(
     source: impl Into<Cause>,
 ) -> Error {
     let source = source.into();
-    let is_unknown = source.is::<OutcomeUnknown>();
-    let error = source.downcast_ref::<postgres::Error>();
-    if is_unknown || error.is_some_and(|it| is_connection_loss(it) || is_without_an_answer(it)) {
-        let subject = Some(subject.to_string());
-        return Error::Unavailable { operation, subject, source, transient: true };
+    let class = ErrorClass::of(source.as_ref());
+    let code = sql_state(source.as_ref());
+    let mut subject = subject.to_string();
+    if matches!(class, ErrorClass::ConnectionLost | ErrorClass::IdleSessionEnded)
+        || source.is::<OutcomeUnknown>()
+    {
+        return Error::Unavailable { operation, subject: Some(subject), source, transient: true };
     }
-    let statement = Statement::of_operation(operation);
-    let transient = source.is::<Rivals>() || error.is_some_and(|it| is_passing(it, statement));
-    let subject = Some(match error.and_then(postgres::Error::code) {
-        Some(&SqlState::UNDEFINED_TABLE) => {
-            format!("{subject}, which does not exist: call `migrate` to create it")
-        }
-        _ => subject.to_string(),
-    });
-    Error::Backend { operation, subject, source, transient }
+    if code == Some(&SqlState::UNDEFINED_TABLE) {
+        subject += ", which does not exist: call `migrate` to create it";
+    }
+    // A write that was canceled may have waited for a row lock, and can succeed later; a read cannot.
+    let may_wait = !["find", "get", "all", "wait_for"].contains(&operation);
+    let transient = matches!(class, ErrorClass::RolledBack | ErrorClass::ReadOnly)
+        || code.is_some_and(is_shortage_or_rivalry)
+        || may_wait && code == Some(&SqlState::QUERY_CANCELED);
+    Error::Backend { operation, subject: Some(subject), source, transient }
 }
 
 /// The error of an operation for which there was no connection.
@@ -121,17 +102,12 @@ pub(crate) struct OutcomeUnknown;
 #[error("other clients have created or deleted the checkpoint in the meantime")]
 pub(crate) struct Rivals;
 
-/// The name of the operation in the error of a statement that is the caller's own.
-pub(crate) const CALLERS_STATEMENT: &str = "statement";
-/// The name of the operation in the error of a pool that is the caller's own.
-pub(crate) const CALLERS_POOL: &str = "pool";
-
 /// What the caller's own statements run into, so that `?` carries it out of a function that returns
 /// this crate's [`Result`](crate::Result), and [`Error::is_transient`] judges it.
 impl From<postgres::Error> for Error {
     fn from(source: postgres::Error) -> Self {
         let lost = is_connection_loss(&source);
-        let transient = lost || is_passing(&source, Statement::OfTheCaller);
+        let transient = may_pass(&source);
         let (operation, subject) = (CALLERS_STATEMENT, None);
         let source = source.into();
         if lost {
@@ -154,8 +130,7 @@ impl From<r2d2::Error> for Error {
 /// What a PostgreSQL error in the chain of a custom store's cause says about trying again, if there
 /// is one.
 pub(crate) fn transience(cause: &(dyn StdError + 'static)) -> Option<bool> {
-    let error = postgres_error(cause)?;
-    Some(is_connection_loss(error) || is_passing(error, Statement::OfTheCaller))
+    postgres_error(cause).map(may_pass)
 }
 
 pub(crate) fn sql_state<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a SqlState> {
@@ -165,8 +140,12 @@ pub(crate) fn sql_state<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a S
 pub(crate) fn postgres_error<'a>(
     cause: &'a (dyn StdError + 'static),
 ) -> Option<&'a postgres::Error> {
-    std::iter::successors(Some(cause), |&cause| cause.source())
-        .find_map(|cause| cause.downcast_ref::<postgres::Error>())
+    find_cause(cause)
+}
+
+/// The first error of this type in the chain of causes.
+fn find_cause<'a, T: StdError + 'static>(cause: &'a (dyn StdError + 'static)) -> Option<&'a T> {
+    causes(cause).find_map(|cause| cause.downcast_ref())
 }
 
 /// Whether the error says why: with a message of the server's, or with a finding of the store's own.
@@ -204,13 +183,9 @@ fn is_without_an_answer(error: &postgres::Error) -> bool {
     error.as_db_error().is_none() && error.source().is_none()
 }
 
-/// Whether a statement that failed on a living connection may succeed later as it is.
-fn is_passing(error: &postgres::Error, statement: Statement) -> bool {
-    error.code().is_some_and(|code| {
-        is_shortage_or_rivalry(code)
-            || statement == Statement::Write && *code == SqlState::QUERY_CANCELED
-            || statement != Statement::OfTheCaller && *code == SqlState::READ_ONLY_SQL_TRANSACTION
-    })
+/// Whether a statement of the caller's may succeed later as it is.
+fn may_pass(error: &postgres::Error) -> bool {
+    is_connection_loss(error) || error.code().is_some_and(is_shortage_or_rivalry)
 }
 
 /// What others, or the lack of something, have brought about.
@@ -231,8 +206,7 @@ fn is_shortage_or_rivalry(code: &SqlState) -> bool {
 
 /// Whether a connection was refused for a reason that waiting does not change.
 pub(crate) fn is_refusal(cause: &(dyn StdError + 'static)) -> bool {
-    let mut causes = std::iter::successors(Some(cause), |&cause| cause.source());
-    match causes.find_map(|cause| cause.downcast_ref::<ConnectError>()) {
+    match find_cause::<ConnectError>(cause) {
         Some(error) => error.is_refusal(),
         None => postgres_error(cause).is_some_and(is_refused),
     }
@@ -256,11 +230,9 @@ pub(crate) fn is_refused(error: &postgres::Error) -> bool {
     }
     // `postgres` gives a time-out, an unexpected message and a closed connection no cause.
     let Some(cause) = error.source() else { return false };
-    let io = std::iter::successors(Some(cause), |&cause| cause.source())
-        .find_map(|cause| cause.downcast_ref::<io::Error>());
     // Connectors that are made for I/O, as that of `rustls` is, wrap what they refuse, such as a
     // certificate, into an I/O error. A network that fails has other kinds.
-    io.is_none_or(|io| {
+    find_cause::<io::Error>(cause).is_none_or(|io| {
         matches!(io.kind(), io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput)
     })
 }

@@ -76,43 +76,47 @@ struct Queue {
     max_alone: usize,
     /// How many calls have begun and not returned.
     calls: usize,
-    /// Whether a group is under way.
-    is_writing: bool,
     /// The projections that have a call which is ready or runs, with the calls that wait for its
     /// end.
     projections: HashMap<String, VecDeque<Arc<Request>>>,
-    /// The calls that wait for nothing but the group that is under way.
+    /// The calls that wait for nothing but the end of the group that is under way.
     ready: Vec<Arc<Request>>,
+    /// The calls of the group that is under way, the leader first. Empty if there is none.
+    under_way: Vec<Arc<Request>>,
 }
 
-/// A call in the queue. Other threads change its state only while they hold the lock of the queue.
+/// A call in the queue.
 #[derive(Debug)]
 struct Request {
     write: Write,
+    /// While the call waits, it is changed only under the lock of the queue.
     state: Mutex<State>,
     changed: Condvar,
 }
 
-#[derive(Debug)]
+/// A call goes from `Waiting` to `Alone`, or to `Follower` or `Leader` and then to the outcome of its
+/// group: `Stored`, `Alone` or `Failed`.
+#[derive(Debug, Clone)]
 enum State {
     Waiting,
-    /// It sends its own statement.
-    Alone,
-    /// It sends the statement for all of these, of which it is the first.
-    Leader(Vec<Arc<Request>>),
     /// Its group is under way.
     Follower,
-    /// It timed out.
+    /// It sends the statement of its group; whether the server has executed that.
+    Leader(Executed),
+    /// It sends its own statement.
+    Alone,
+    /// The group has stored its write. It has left the queue, and returns.
+    Stored,
+    /// The group has failed.
+    Failed(Executed, Unanswered),
+    /// It timed out. It has left the queue, and returns.
     Abandoned,
-    Done(Outcome),
 }
 
-/// The outcome of a group for one of its calls.
-#[derive(Debug, Clone)]
-enum Outcome {
-    Stored,
-    NotStored,
-    Failed(Executed, Unanswered),
+impl State {
+    fn is_waiting(&self) -> bool {
+        matches!(self, Self::Waiting | Self::Follower)
+    }
 }
 
 impl Group {
@@ -124,9 +128,9 @@ impl Group {
         let queue = Queue {
             max_alone,
             calls: 0,
-            is_writing: false,
             projections: HashMap::new(),
             ready: Vec::new(),
+            under_way: Vec::new(),
         };
         Self { queue: Mutex::new(queue) }
     }
@@ -142,9 +146,9 @@ impl Group {
     ///
     /// The call waits for others no longer than until `deadline`, which is that of `together` and
     /// `alone` too. Both are called after it as well, if the turn of this call comes that late, and
-    /// then have no time to wait. While the call waits, `waiting` is called about once a second. If the call
-    /// has no answer, `unanswered` makes its error. No lock is
-    /// held while they run, and what they call may write through the same store.
+    /// then have no time to wait. While the call waits, `waiting` is called about once a second. If the
+    /// call has no answer, `unanswered` makes its error. No lock is held while they run, and what they
+    /// call may write through the same store.
     pub(crate) fn write(
         &self,
         write: Write,
@@ -154,114 +158,25 @@ impl Group {
         waiting: impl FnMut(),
         unanswered: impl FnOnce(Unanswered) -> Error,
     ) -> Result<()> {
-        let Some(_call) = CurrentCall::begin(self) else { return alone(Executed::No) };
-        let request = Arc::new(Request::new(write));
-        lock(&self.queue).enter(&request);
-        let state = match self.wait(&request, deadline, waiting) {
-            Ok(state) => state,
-            Err(cause) => return Err(unanswered(cause)),
-        };
-        if matches!(state, State::Done(Outcome::Stored)) {
-            return Ok(()); // it has left the queue with its group
+        let Some(_current) = CurrentCall::begin(self) else { return alone(Executed::No) };
+        let is_save = write.from.is_none();
+        let call = Call::begin(self, write);
+        let mut state = call.wait(deadline, waiting);
+        if let State::Leader(_) = state {
+            state = call.lead(together);
         }
-        let _running = Running { group: self, projection: &request.write.projection };
-        let outcome = match state {
-            State::Leader(requests) => self.lead(&requests, together),
-            State::Done(outcome) => outcome,
-            _ => Outcome::NotStored,
-        };
-        match outcome {
-            Outcome::Stored => Ok(()),
-            Outcome::NotStored => alone(Executed::No),
-            Outcome::Failed(executed, cause) => {
-                let repeatable = executed == Executed::No || request.write.from.is_none();
-                if repeatable && Instant::now() < deadline {
+        match state {
+            State::Stored => Ok(()),
+            State::Failed(executed, cause) => {
+                let is_repeatable = executed == Executed::No || is_save;
+                if is_repeatable && Instant::now() < deadline {
                     alone(executed)
                 } else {
                     Err(unanswered(cause))
                 }
             }
+            _ => alone(Executed::No),
         }
-    }
-
-    /// Waits until the call is to send a statement, or has an outcome. While that lasts `waiting` is called
-    /// once a second, without a lock.
-    fn wait(
-        &self,
-        request: &Arc<Request>,
-        deadline: Instant,
-        mut waiting: impl FnMut(),
-    ) -> Result<State, Unanswered> {
-        loop {
-            let round = deadline.min(Instant::now() + ROUND);
-            let mut state = lock(&request.state);
-            while matches!(*state, State::Waiting | State::Follower) {
-                let left = round.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    break;
-                }
-                let woken = request.changed.wait_timeout(state, left);
-                (state, _) = woken.unwrap_or_else(PoisonError::into_inner);
-            }
-            if !matches!(*state, State::Waiting | State::Follower) {
-                return Ok(mem::replace(&mut state, State::Alone));
-            }
-            drop(state);
-            if round == deadline {
-                return self.give_up(request);
-            }
-            let leaves = Leaves { group: self, request };
-            waiting();
-            mem::forget(leaves);
-        }
-    }
-
-    /// Takes a call that timed out from the queue, unless it need not wait any longer. If its group
-    /// is under way, its projection is released at the end of that: a later call would be overtaken.
-    fn give_up(&self, request: &Arc<Request>) -> Result<State, Unanswered> {
-        let mut queue = lock(&self.queue);
-        let mut state = lock(&request.state);
-        let cause = match *state {
-            State::Waiting => Unanswered::Waiting,
-            State::Follower => Unanswered::UnderWay,
-            _ => return Ok(mem::replace(&mut state, State::Alone)),
-        };
-        *state = State::Abandoned;
-        drop(state);
-        if matches!(cause, Unanswered::Waiting) {
-            queue.remove(request);
-        }
-        queue.calls -= 1;
-        queue.start();
-        Err(cause)
-    }
-
-    fn lead(
-        &self,
-        requests: &[Arc<Request>],
-        together: impl FnOnce(&[&Write]) -> Result<Stored, GroupError>,
-    ) -> Outcome {
-        let mut end = GroupEnd {
-            group: self,
-            followers: &requests[1..],
-            stored: Stored::new(),
-            others: Outcome::Failed(Executed::Unknown, Unanswered::Panicked),
-        };
-        let writes: Vec<_> = requests.iter().map(|request| &request.write).collect();
-        end.others = match together(&writes) {
-            Ok(stored) => {
-                end.stored = stored;
-                Outcome::NotStored
-            }
-            Err(GroupError::Refused) => Outcome::NotStored,
-            Err(GroupError::NotSent(error)) => {
-                Outcome::Failed(Executed::No, Unanswered::Failed(Arc::new(error)))
-            }
-            Err(GroupError::Lost(error)) => {
-                Outcome::Failed(Executed::Unknown, Unanswered::Failed(Arc::new(error)))
-            }
-        };
-        end.outcome(writes[0])
     }
 }
 
@@ -285,14 +200,13 @@ impl Queue {
                 request.set(State::Alone);
                 request.changed.notify_one();
             }
-        } else if !self.is_writing && !self.ready.is_empty() {
-            self.is_writing = true;
-            let requests = mem::take(&mut self.ready);
-            for follower in &requests[1..] {
+        } else if self.under_way.is_empty() && !self.ready.is_empty() {
+            self.under_way = mem::take(&mut self.ready);
+            for follower in &self.under_way[1..] {
                 follower.set(State::Follower);
             }
-            let leader = Arc::clone(&requests[0]);
-            leader.set(State::Leader(requests));
+            let leader = &self.under_way[0];
+            leader.set(State::Leader(Executed::No));
             leader.changed.notify_one();
         }
     }
@@ -318,12 +232,132 @@ impl Queue {
 }
 
 impl Request {
-    fn new(write: Write) -> Self {
-        Self { write, state: Mutex::new(State::Waiting), changed: Condvar::new() }
-    }
-
     fn set(&self, state: State) {
         *lock(&self.state) = state;
+    }
+}
+
+/// A call on its own thread. Its drop, by a panic too, lets it return: whatever its state is, no other
+/// call is left waiting for it.
+struct Call<'a> {
+    group: &'a Group,
+    request: Arc<Request>,
+}
+
+impl<'a> Call<'a> {
+    fn begin(group: &'a Group, write: Write) -> Self {
+        let state = Mutex::new(State::Waiting);
+        let request = Arc::new(Request { write, state, changed: Condvar::new() });
+        lock(&group.queue).enter(&request);
+        Self { group, request }
+    }
+
+    fn state(&self) -> State {
+        lock(&self.request.state).clone()
+    }
+
+    /// Waits until the call is to send a statement or has an outcome. `waiting` is called once a second,
+    /// without a lock.
+    fn wait(&self, deadline: Instant, mut waiting: impl FnMut()) -> State {
+        loop {
+            let round = deadline.min(Instant::now() + ROUND);
+            let mut state = lock(&self.request.state);
+            loop {
+                if !state.is_waiting() {
+                    return state.clone();
+                }
+                let left = round.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    break;
+                }
+                let woken = self.request.changed.wait_timeout(state, left);
+                (state, _) = woken.unwrap_or_else(PoisonError::into_inner);
+            }
+            drop(state);
+            if round == deadline {
+                return self.give_up();
+            }
+            waiting();
+        }
+    }
+
+    /// Takes the call from the queue, unless it need not wait any longer. If its group is under way, its
+    /// projection is released at the end of that: a later call would be overtaken.
+    fn give_up(&self) -> State {
+        let mut queue = lock(&self.group.queue);
+        let outcome = match self.state() {
+            State::Waiting => {
+                queue.remove(&self.request);
+                State::Failed(Executed::No, Unanswered::Waiting)
+            }
+            State::Follower => State::Failed(Executed::Unknown, Unanswered::UnderWay),
+            state => return state,
+        };
+        self.request.set(State::Abandoned);
+        queue.calls -= 1;
+        queue.start();
+        outcome
+    }
+
+    /// Sends the statement of the group. Returns the outcome for the leader's own write.
+    fn lead(&self, together: impl FnOnce(&[&Write]) -> Result<Stored, GroupError>) -> State {
+        self.request.set(State::Leader(Executed::Unknown));
+        let requests = lock(&self.group.queue).under_way.clone();
+        let writes: Vec<_> = requests.iter().map(|request| &request.write).collect();
+        let failed = |executed, error| State::Failed(executed, Unanswered::Failed(Arc::new(error)));
+        let (stored, not_stored) = match together(&writes) {
+            Ok(stored) => (stored, State::Alone),
+            Err(GroupError::Refused) => (Stored::new(), State::Alone),
+            Err(GroupError::NotSent(error)) => (Stored::new(), failed(Executed::No, error)),
+            Err(GroupError::Lost(error)) => (Stored::new(), failed(Executed::Unknown, error)),
+        };
+        self.end_group(&stored, &not_stored);
+        self.state()
+    }
+
+    /// Starts the next group and gives each call of this one its outcome.
+    fn end_group(&self, stored: &Stored, not_stored: &State) {
+        let mut queue = lock(&self.group.queue);
+        let requests = mem::take(&mut queue.under_way);
+        let mut returning = 0;
+        for request in &requests {
+            let projection = &request.write.projection;
+            let is_stored = stored.contains(projection);
+            let is_abandoned = matches!(*lock(&request.state), State::Abandoned);
+            if is_stored || is_abandoned {
+                queue.release(projection);
+            }
+            if !is_abandoned {
+                returning += usize::from(is_stored);
+                request.set(if is_stored { State::Stored } else { not_stored.clone() });
+            }
+        }
+        // The calls that return now still count, because their threads tend to come back at once:
+        // otherwise two groups of 8 threads that alternate would never become groups.
+        queue.start();
+        queue.calls -= returning;
+        drop(queue);
+        for request in requests {
+            request.changed.notify_one();
+        }
+    }
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        if self.state().is_waiting() {
+            self.give_up(); // what it called meanwhile has panicked
+        }
+        if let State::Leader(executed) = self.state() {
+            self.end_group(&Stored::new(), &State::Failed(executed, Unanswered::Panicked));
+        }
+        // In the other states it has left the queue already.
+        if let State::Alone | State::Failed(..) = self.state() {
+            let mut queue = lock(&self.group.queue);
+            queue.calls -= 1;
+            queue.release(&self.request.write.projection);
+            queue.start();
+        }
     }
 }
 
@@ -343,104 +377,14 @@ impl CurrentCall {
     /// `None` within a call of the same group.
     fn begin(group: &Group) -> Option<Self> {
         let group = std::ptr::from_ref(group).addr();
-        CURRENT.with(|current| {
-            let outer = current.get();
-            (outer != group).then(|| {
-                current.set(group);
-                Self { outer }
-            })
-        })
+        let outer = CURRENT.with(|current| current.replace(group));
+        (outer != group).then(|| Self { outer })
     }
 }
 
 impl Drop for CurrentCall {
     fn drop(&mut self) {
         CURRENT.with(|current| current.set(self.outer));
-    }
-}
-
-/// Occupies the projection of a call that runs. Its drop, by a panic too, lets the call leave.
-struct Running<'a> {
-    group: &'a Group,
-    projection: &'a str,
-}
-
-impl Drop for Running<'_> {
-    fn drop(&mut self) {
-        let mut queue = lock(&self.group.queue);
-        queue.calls -= 1;
-        queue.release(self.projection);
-        queue.start();
-    }
-}
-
-/// A call that waits. Its drop, by a panic of what it calls meanwhile, lets it leave as if it had timed
-/// out; if it has become a leader or has had its turn, nothing is written.
-struct Leaves<'a> {
-    group: &'a Group,
-    request: &'a Arc<Request>,
-}
-
-impl Drop for Leaves<'_> {
-    fn drop(&mut self) {
-        let Ok(state) = self.group.give_up(self.request) else { return };
-        if matches!(state, State::Done(Outcome::Stored)) {
-            return;
-        }
-        let _running = Running { group: self.group, projection: &self.request.write.projection };
-        if let State::Leader(requests) = state {
-            drop(GroupEnd {
-                group: self.group,
-                followers: &requests[1..],
-                stored: Stored::new(),
-                others: Outcome::NotStored,
-            });
-        }
-    }
-}
-
-/// Ends a group when it is dropped, by a panic too: it starts the next group and gives each follower
-/// its outcome.
-struct GroupEnd<'a> {
-    group: &'a Group,
-    followers: &'a [Arc<Request>],
-    stored: Stored,
-    /// The outcome of the writes that are not stored.
-    others: Outcome,
-}
-
-impl GroupEnd<'_> {
-    fn outcome(&self, write: &Write) -> Outcome {
-        if self.stored.contains(&write.projection) { Outcome::Stored } else { self.others.clone() }
-    }
-}
-
-impl Drop for GroupEnd<'_> {
-    fn drop(&mut self) {
-        let mut queue = lock(&self.group.queue);
-        queue.is_writing = false;
-        let mut returning = 0;
-        for follower in self.followers {
-            let outcome = self.outcome(&follower.write);
-            let mut state = lock(&follower.state);
-            let is_abandoned = matches!(*state, State::Abandoned);
-            let is_stored = matches!(outcome, Outcome::Stored);
-            if is_abandoned || is_stored {
-                queue.release(&follower.write.projection);
-            }
-            if !is_abandoned {
-                returning += usize::from(is_stored);
-                *state = State::Done(outcome);
-            }
-        }
-        // The calls that return now still count, because their threads tend to come back at once:
-        // otherwise two groups of 8 threads that alternate would never become groups.
-        queue.start();
-        queue.calls -= returning;
-        drop(queue);
-        for follower in self.followers {
-            follower.changed.notify_one();
-        }
     }
 }
 
@@ -535,27 +479,25 @@ mod tests {
         }
 
         /// Begins a call without a thread of its own.
-        fn begin(&self, projection: &str) -> Arc<Request> {
+        fn begin(&self, projection: &str) -> Call<'_> {
             let write = Write { projection: projection.to_owned(), from: None, to: 1 };
-            let request = Arc::new(Request::new(write));
-            lock(&self.group.queue).enter(&request);
-            request
+            Call::begin(&self.group, write)
         }
 
         /// A call that goes alone, and returns when it is dropped.
-        fn occupy<'a>(&'a self, projection: &'a str) -> Running<'a> {
-            let request = self.begin(projection);
-            assert!(matches!(self.group.wait(&request, far_away(), || {}), Ok(State::Alone)));
-            Running { group: &self.group, projection }
+        fn occupy(&self, projection: &str) -> Call<'_> {
+            let call = self.begin(projection);
+            assert!(matches!(call.wait(far_away(), || {}), State::Alone));
+            call
         }
 
         /// Lets the leader of a group send its statement and return.
-        fn lead(&self, leader: &Arc<Request>) {
-            let state = self.group.wait(leader, far_away(), || {});
-            let _running = Running { group: &self.group, projection: &leader.write.projection };
-            let Ok(State::Leader(requests)) = state else { panic!("{state:?}") };
-            let outcome = self.group.lead(&requests, |writes| Ok(self.store(writes)));
-            assert!(matches!(outcome, Outcome::Stored), "{outcome:?}");
+        fn lead(&self, leader: Call<'_>) {
+            let state = leader.wait(far_away(), || {});
+            assert!(matches!(state, State::Leader(_)), "{state:?}");
+            let outcome = leader.lead(|writes| Ok(self.store(writes)));
+            assert!(matches!(outcome, State::Stored), "{outcome:?}");
+            drop(leader);
         }
 
         fn is_occupied(&self, projection: &str) -> bool {
@@ -571,7 +513,7 @@ mod tests {
             let store = Arc::new(Store { group: Group::with_max_alone(max_alone), memory });
             test(&store);
             let queue = lock(&store.group.queue);
-            assert!(queue.calls == 0 && !queue.is_writing, "{queue:?}");
+            assert!(queue.calls == 0 && queue.under_way.is_empty(), "{queue:?}");
             assert!(queue.projections.is_empty() && queue.ready.is_empty(), "{queue:?}");
         });
     }
@@ -745,12 +687,12 @@ mod tests {
             let alone = ["a", "b"].map(|name| store.occupy(name));
             let first = store.begin("first");
             let [leader, follower] = ["leader", "p"].map(|name| store.begin(name));
-            store.lead(&first);
+            store.lead(first);
             drop(alone);
-            let timed_out = store.group.wait(&follower, passed(), || {});
-            assert!(matches!(timed_out, Err(Unanswered::UnderWay)), "{timed_out:?}");
+            let timed_out = follower.wait(passed(), || {});
+            assert!(matches!(timed_out, State::Failed(_, Unanswered::UnderWay)), "{timed_out:?}");
             assert!(store.is_occupied("p"), "a later call would be overtaken by the group");
-            store.lead(&leader);
+            store.lead(leader);
             assert!(!store.is_occupied("p"));
             store.write("p", None, 2).expect("saved");
             assert_eq!(store.memory.get("p").expect("read"), 2);

@@ -51,7 +51,7 @@ use r2d2::{ManageConnection, Pool};
 
 pub use self::builder::PostgresCheckpointStoreBuilder;
 pub use self::client::PooledClient;
-pub(crate) use self::errors::{CALLERS_POOL, CALLERS_STATEMENT, postgres_error, transience};
+pub(crate) use self::errors::{postgres_error, transience};
 pub use self::project::Batch;
 pub use self::retry::Retry;
 pub use self::transaction::InTransaction;
