@@ -8,7 +8,6 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicIsize, Ordering};
-use std::sync::mpsc::{Receiver, SendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,9 +18,9 @@ use postgres::{Client, Config, Socket};
 
 use super::close::close;
 use super::connect_error::{ConnectError, Failure};
-use super::retry::NOTICE_AFTER;
 use super::targets::{Address, Target};
 use super::unresponsive::{self, Login};
+use super::waiting::{Notice, bounded, receive};
 
 /// How long one address may take to answer a connection attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
@@ -111,7 +110,7 @@ impl Connector {
         });
         let mut untried = VecDeque::from(untried);
         let mut failures = Vec::new();
-        let mut notice = Notice { at: Instant::now() + NOTICE_AFTER, waiting: Some(waiting) };
+        let mut notice = Notice::to(waiting);
         while let Some((target, address)) = untried.pop_front() {
             let until = self.limit(deadline, untried.len());
             let Some(address) = address else {
@@ -295,57 +294,6 @@ fn bound_network_waits(config: &mut Config) {
     if config.get_keepalives_retries().is_none() {
         config.keepalives_retries(KEEPALIVE_RETRIES);
     }
-}
-
-/// What a caller that waits is told, once.
-struct Notice<'a> {
-    at: Instant,
-    waiting: Option<&'a mut dyn FnMut(ConnectError)>,
-}
-
-impl Notice<'_> {
-    /// Waits until the limit, and on the way gives notice of the failure that it would be by then.
-    fn wait<T>(
-        &mut self,
-        until: Instant,
-        failure: impl FnOnce() -> Failure,
-        wait: impl Fn(Instant) -> Option<T>,
-    ) -> Option<T> {
-        /// A wait that is no longer says nothing of its peer.
-        const SHORTEST: Duration = Duration::from_millis(100);
-        let at = self.at.max(Instant::now() + SHORTEST);
-        if self.waiting.is_some() && at < until {
-            if let Some(answer) = wait(at) {
-                return Some(answer);
-            }
-            if let Some(waiting) = self.waiting.take() {
-                waiting(failure().into());
-            }
-        }
-        wait(until)
-    }
-}
-
-fn receive<T>(receiver: &Receiver<T>, until: Instant) -> Option<T> {
-    receiver.recv_timeout(until.saturating_duration_since(Instant::now())).ok()
-}
-
-/// Runs something that has no limit of its own on another thread. If the receiver of its outcome is dropped
-/// it goes on, and `late` gets what comes of it.
-fn bounded<T: Send + 'static>(
-    thread: &str,
-    work: impl FnOnce() -> T + Send + 'static,
-    late: impl FnOnce(T) + Send + 'static,
-) -> Result<Receiver<T>, Failure> {
-    // Without a buffer, so an outcome that was sent has been received.
-    let (sender, receiver) = sync_channel(0);
-    let run = move || {
-        if let Err(SendError(outcome)) = sender.send(work()) {
-            late(outcome);
-        }
-    };
-    thread::Builder::new().name(thread.to_owned()).spawn(run).map_err(Failure::NoThread)?;
-    Ok(receiver)
 }
 
 fn message(panic: &(dyn Any + Send)) -> String {

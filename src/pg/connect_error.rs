@@ -4,6 +4,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::io;
 use std::iter;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::errors::{Cause, is_refused};
@@ -125,6 +126,30 @@ impl Failure {
         causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
     }
 }
+
+/// Why no connection can be made, for all the calls that wait for one.
+pub(crate) type Outage = dyn StdError + Send + Sync;
+
+/// No connection could be made. Calls that wait for one share the cause.
+#[derive(Debug)]
+pub(crate) struct NoConnection(pub(crate) Arc<Outage>);
+
+impl fmt::Display for NoConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("no connection could be made")
+    }
+}
+
+impl StdError for NoConnection {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        Some(&*self.0)
+    }
+}
+
+/// None of the pool's connections was given back in time.
+#[derive(Debug, thiserror::Error)]
+#[error("all connections of the pool are in use ({0}), perhaps by the calling thread itself")]
+pub(crate) struct AllInUse(pub(crate) u32);
 
 #[cfg(test)]
 mod tests {

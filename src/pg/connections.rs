@@ -2,7 +2,6 @@
 //! whether a failure is followed by another attempt.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,10 +12,11 @@ use r2d2::ManageConnection;
 use super::client::{History, PooledClient, TRUSTED, TRUSTED_BEFORE_A_WRITE};
 use super::close::close;
 use super::connect::Connector;
-use super::connect_error::ConnectError;
+use super::connect_error::{AllInUse, ConnectError, NoConnection, Outage};
 use super::errors::{Cause, ErrorClass, Outcome, failure, names_its_cause, no_connection};
+use super::logins::Logins;
 use super::pool::{Loan, Peer, Pool};
-use super::prepared::{SharedSession, is_shared};
+use super::prepared::SharedSession;
 use super::retry::{Next, Observer, Retries, deadline_after};
 use crate::Result;
 
@@ -42,8 +42,6 @@ pub(crate) struct Connections {
     /// `None` where the manager of the caller's pool makes the connections.
     logins: Option<Logins>,
 }
-
-type Outage = dyn std::error::Error + Send + Sync;
 
 /// What a statement may do after it was lost with its connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -329,48 +327,6 @@ impl Connections {
     }
 }
 
-/// How the connections of the builder's pool are made.
-struct Logins {
-    connector: Connector,
-    looks_for_shared_sessions: bool,
-    /// Whether a new connection came upon the prepared statements of another.
-    found_shared_session: AtomicBool,
-}
-
-impl Logins {
-    fn new(connector: Connector, looks_for_shared_sessions: bool) -> Self {
-        Self { connector, looks_for_shared_sessions, found_shared_session: AtomicBool::new(false) }
-    }
-
-    fn found_shared_session(&self) -> bool {
-        self.found_shared_session.load(Ordering::Relaxed)
-    }
-
-    fn login(
-        &self,
-        deadline: Instant,
-        waiting: &mut dyn FnMut(ConnectError),
-    ) -> Result<Client, ConnectError> {
-        self.connector.connect(deadline, waiting).and_then(|client| self.inspect(client))
-    }
-
-    fn inspect(&self, mut client: Client) -> Result<Client, ConnectError> {
-        if !self.looks_for_shared_sessions {
-            return Ok(client);
-        }
-        match is_shared(&mut client) {
-            Ok(is_shared) => {
-                self.found_shared_session.fetch_or(is_shared, Ordering::Relaxed);
-                Ok(client)
-            }
-            Err(error) => {
-                close(client);
-                Err(error.into())
-            }
-        }
-    }
-}
-
 /// A failed statement asks for another attempt if nothing has happened, or if it may happen again.
 pub(crate) fn next_after(class: ErrorClass, after_loss: AfterLoss) -> Next {
     match class {
@@ -383,24 +339,3 @@ pub(crate) fn next_after(class: ErrorClass, after_loss: AfterLoss) -> Next {
         ErrorClass::Permanent => Next::Fail,
     }
 }
-
-/// No connection could be made. Calls that wait for one share the cause.
-#[derive(Debug)]
-struct NoConnection(Arc<Outage>);
-
-impl fmt::Display for NoConnection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("no connection could be made")
-    }
-}
-
-impl std::error::Error for NoConnection {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&*self.0)
-    }
-}
-
-/// None of the pool's connections was given back in time.
-#[derive(Debug, thiserror::Error)]
-#[error("all connections of the pool are in use ({0}), perhaps by the calling thread itself")]
-struct AllInUse(u32);

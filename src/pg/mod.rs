@@ -25,6 +25,7 @@ mod connections;
 mod errors;
 mod group;
 mod identifier;
+mod logins;
 mod manager;
 mod migrate;
 mod params;
@@ -39,6 +40,7 @@ mod statements;
 mod targets;
 mod transaction;
 mod unresponsive;
+mod waiting;
 
 use std::cell::RefCell;
 use std::fmt;
