@@ -171,9 +171,6 @@ impl<'a> Attempt<'a> {
                 let subject = self.queries.about(self.projection);
                 Failed::InClosure(failure("apply", subject, SWALLOWED))
             }
-            Some(&SqlState::NO_ACTIVE_SQL_TRANSACTION) => {
-                Failed::At("save", TransactionEnded.into())
-            }
             _ if is_not_as_given(&cause) => Failed::At("save", NotSaved(cause).into()),
             Some(&SqlState::UNIQUE_VIOLATION) if step == "save" && row == LockedRow::Absent => {
                 self.creates_first = true;
@@ -233,13 +230,9 @@ const SWALLOWED: &str = "a statement has failed in the closure, which has not re
 #[derive(Debug, thiserror::Error)]
 #[error(
     "the server wrote no row, or another checkpoint than it was given: a trigger, rule or policy discards or \
-     alters it, or the closure has deleted it"
+     alters it, or the closure has deleted it or ended the transaction"
 )]
 struct NotSaved(#[source] Cause);
-
-#[derive(Debug, thiserror::Error)]
-#[error("the closure has ended the transaction that it was given, so the checkpoint was not saved")]
-struct TransactionEnded;
 
 #[derive(Debug, thiserror::Error)]
 #[error(

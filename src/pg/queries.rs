@@ -224,9 +224,12 @@ impl Queries {
     }
 
     /// Saves what `project` has locked and commits, in one message. It fails before the COMMIT unless the row
-    /// is there as it was given, and, by the SAVEPOINT, if the closure has ended the transaction. The name is
-    /// written in ASCII, which is the same in any encoding; after a name beyond ASCII an encoding that the
-    /// closure has set is set back, or the next call would be about another name.
+    /// is there as it was given. If the closure has ended the transaction, no row is written, because the lock
+    /// of a row assigns a transaction id and the lock of an absent one a setting, and both end with it. So a
+    /// save never waits for a transaction that the closure has prepared.
+    ///
+    /// The name is written in ASCII, which is the same in any encoding. After a name beyond ASCII an encoding
+    /// that the closure has set is set back, or the next call would be about another name.
     pub(crate) fn save_and_commit(
         &self,
         cache: Option<&StatementCache>,
@@ -242,7 +245,7 @@ impl Queries {
         let text = |template| StatementCache::text(cache, template, [&name, &offset]);
         let (save, check) = (text(save), text(&self.sql.project_check));
         let encoding = if projection.is_ascii() { "" } else { "SET client_encoding = 'UTF8';" };
-        format!("{save} {check} {encoding} SAVEPOINT saved; COMMIT")
+        format!("{save} {check} {encoding} COMMIT")
     }
 }
 
