@@ -1,4 +1,5 @@
-//! A batch exactly once: attempts until one has committed it, or is final.
+//! Applies a batch exactly once: attempts follow each other until one has committed, or has failed for
+//! good.
 
 use std::thread;
 
@@ -16,7 +17,7 @@ use super::session::{StatementCache, is_stale};
 use crate::Result;
 use crate::validate::validate_projection;
 
-/// What became of [`try_project`](PostgresCheckpointStore::try_project).
+/// The outcome of [`try_project`](PostgresCheckpointStore::try_project).
 ///
 /// # Examples
 ///
@@ -37,7 +38,7 @@ pub enum Batch {
     Committed(i64),
     /// There was nothing new. Nothing was written.
     NothingNew,
-    /// Another worker has the projection. The closure was not run.
+    /// Another worker has locked the projection. The closure was not run.
     Taken,
 }
 
@@ -86,7 +87,7 @@ impl PostgresCheckpointStore {
     /// `apply` reads the events after the offset, applies them through the transaction that it is given, and
     /// returns the offset of the last one: `Ok(Some(last))`, or `Ok(None)` if there is none. An error or a panic
     /// rolls everything back. `?` converts errors of `postgres`, of `r2d2` and `Box<dyn Error + Send + Sync>`;
-    /// another error is converted in one line:
+    /// any other error is converted with one line:
     ///
     /// ```
     /// # use checkpoint_store::Error;
@@ -100,9 +101,9 @@ impl PostgresCheckpointStore {
     /// that it is given.
     ///
     /// It must not end the transaction: after a COMMIT or ROLLBACK of its own the batch fails, and its offset is
-    /// not saved. Put what is expected to fail into a savepoint, `tx.transaction()`: a statement that fails
-    /// outside of one fails the batch. If the closure swallows that error, the batch fails with a
-    /// [`Backend`](Error::Backend) error that is not transient, whatever the swallowed one was.
+    /// not saved. Run a statement that may fail inside a savepoint, `tx.transaction()`. A statement that fails
+    /// outside a savepoint fails the whole batch. If the closure ignores that error, the batch fails with a
+    /// [`Backend`](Error::Backend) error that is not transient, whatever the ignored one was.
     ///
     /// Inside the closure, do not write through the store. `save`, `save_many`, `advance`, `delete`, `project`
     /// and `try_project` of the same store return an error there, because they would wait for the closure's own
@@ -115,25 +116,25 @@ impl PostgresCheckpointStore {
     /// It retries for [`connection_timeout`](super::PostgresCheckpointStoreBuilder::connection_timeout),
     /// counted from the first failure, because the closure may have run for long before.
     ///
-    /// If the answer to COMMIT is lost the batch is in doubt, and the next attempt looks, under the lock, whether
-    /// the checkpoint has reached the offset of this call. If it has, the batch is committed, and the call
-    /// returns it. So one call never applies two batches, unless the checkpoint is moved back by hand or deleted
-    /// in between. If the time is over before that is known, the error
-    /// names the `commit` and says that the batch may be committed; the next call continues from what is
-    /// stored.
+    /// If the response to COMMIT is lost, the batch is in doubt. The next attempt takes the lock and checks
+    /// whether the checkpoint has reached the offset that this call was to save. If it has, the batch was
+    /// committed, and the call returns that offset. So one call never applies two batches, unless the checkpoint
+    /// is moved back by hand or deleted in between. If the time runs out before that is known, the error names
+    /// the step `commit` and says that the batch may be committed. The next call continues from the stored
+    /// offset.
     ///
-    /// A connection that is lost three times between the start of `apply` and the answer to the save is
-    /// given up: a statement of `apply`, or the time that it takes, may be what ends it. If the closure ran for
-    /// longer than `idle_in_transaction_session_timeout` or `transaction_timeout` allows, the error says so:
-    /// apply fewer events in a batch, or set a longer limit. A read-only error is not retried if the server takes
-    /// writes, and so the closure itself has made its transaction read-only.
+    /// If the connection is lost three times between the start of `apply` and the response to the save, `project`
+    /// stops retrying, because a statement of `apply`, or the time that it takes, may be the cause. If the
+    /// closure ran for longer than `idle_in_transaction_session_timeout` or `transaction_timeout` allows, the
+    /// error says so: apply fewer events in a batch, or set a longer limit. A read-only error is not retried if
+    /// the server accepts writes, because then the closure itself has made its transaction read-only.
     ///
     /// # Round trips
     ///
-    /// A batch is three round trips besides those of `apply`, because the save and the COMMIT are one message; a
-    /// call that finds nothing new is three as well. While the projection has no checkpoint they are two more.
-    /// An idle call costs the server a transaction id and 96 bytes of log, because it locks the row. If many
-    /// projections are idle, first compare [`get`](crate::CheckpointStore::get) with the end of the stream.
+    /// A call takes three round trips besides those of `apply`, whether or not it finds events, because the save
+    /// and the COMMIT are one message. If the projection has no checkpoint yet, there are two more. An idle call
+    /// costs the server a transaction id and 96 bytes of log, because it locks the row. If many projections are
+    /// idle, first compare [`get`](crate::CheckpointStore::get) with the end of the stream.
     ///
     /// # Or `in_transaction`?
     ///
@@ -142,8 +143,9 @@ impl PostgresCheckpointStore {
     ///
     /// # Errors
     ///
-    /// What `apply` returned, as it is. [`InvalidOffset`](Error::InvalidOffset) if its offset is not beyond the
-    /// one that it was given; nothing is kept then. [`InvalidProjection`](Error::InvalidProjection).
+    /// An error of `apply` is returned unchanged. [`InvalidOffset`](Error::InvalidOffset) if the offset that
+    /// `apply` returns is not greater than the one that it was given; everything is rolled back then.
+    /// [`InvalidProjection`](Error::InvalidProjection) if the name is not valid.
     /// [`Unavailable`](Error::Unavailable) and [`Backend`](Error::Backend) name the step that failed, `begin`,
     /// `lock`, `apply`, `save` or `commit`, and the projection.
     ///
