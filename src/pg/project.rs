@@ -1,5 +1,4 @@
-//! Applies a batch exactly once: attempts follow each other until one has committed, or has failed for
-//! good.
+//! Applies a batch exactly once: attempts follow each other until one has committed or is not to be repeated.
 
 use std::thread;
 

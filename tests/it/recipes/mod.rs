@@ -277,7 +277,7 @@ fn apply_or_put_aside(tx: &mut Transaction<'_>, offset: i64) -> Result<Option<i6
     Ok(Some(id))
 }
 
-/// Class 22 is bad data, a division by zero say; class 23 a constraint that does not hold.
+/// Class 22 is bad data, such as a division by zero; class 23 a constraint that does not hold.
 fn is_about_data(error: &checkpoint_store::postgres::Error) -> bool {
     error.code().is_some_and(|code| code.code().starts_with("22") || code.code().starts_with("23"))
 }

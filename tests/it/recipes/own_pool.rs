@@ -32,11 +32,7 @@ impl<E: std::error::Error + Send + Sync + 'static> HandleError<E> for PrintCause
     }
 }
 
-fn connect_with_token(params: &str, file: PathBuf) -> Result<PostgresCheckpointStore> {
-    let token = move || Ok(fs::read_to_string(&file)?.trim().to_owned());
-    PostgresCheckpointStore::builder().password_provider(token).connect(params)
-}
-
+/// For passwords that expire, in place of `PostgresConnectionManager`.
 struct TokenManager<F> {
     config: Config,
     token: F,
@@ -57,6 +53,11 @@ impl<F: Fn() -> Result<String> + Send + Sync + 'static> ManageConnection for Tok
     fn has_broken(&self, client: &mut Client) -> bool {
         client.is_closed()
     }
+}
+
+fn connect_with_token(params: &str, file: PathBuf) -> Result<PostgresCheckpointStore> {
+    let token = move || Ok(fs::read_to_string(&file)?.trim().to_owned());
+    PostgresCheckpointStore::builder().password_provider(token).connect(params)
 }
 
 #[test]
