@@ -70,10 +70,10 @@ impl Default for PostgresCheckpointStoreBuilder {
 }
 
 impl PostgresCheckpointStoreBuilder {
-    /// The table's schema. The default is `public`.
+    /// Sets the table's schema. The default is `public`.
     ///
-    /// It is quoted, so its case matters and any character but NUL may stand in it; at most 63
-    /// bytes.
+    /// The name is quoted, so it is case-sensitive and may contain any character except NUL. It is limited to
+    /// 63 bytes.
     ///
     /// # Examples
     ///
@@ -86,10 +86,10 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
-    /// The table's name. The default is `projection_checkpoints`.
+    /// Sets the table's name. The default is `projection_checkpoints`.
     ///
-    /// It is quoted, so its case matters and any character but NUL may stand in it, a dot too: the
-    /// schema has a [setter of its own](PostgresCheckpointStoreBuilder::schema). At most 63 bytes.
+    /// The name is quoted, so it is case-sensitive and may contain any character except NUL, including a dot:
+    /// the schema has a [setter of its own](PostgresCheckpointStoreBuilder::schema). It is limited to 63 bytes.
     ///
     /// # Examples
     ///
@@ -102,12 +102,12 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
-    /// Whether [`migrate`](PostgresCheckpointStore::migrate) also creates an index on `updated_at`. The default
-    /// is `false`.
+    /// Sets whether [`migrate`](PostgresCheckpointStore::migrate) also creates an index on `updated_at`. The
+    /// default is `false`.
     ///
-    /// The index serves a query that looks for stale checkpoints among very many. With it no save is a
-    /// heap-only (HOT) update any more: on PostgreSQL 15, 200,000 saves of 10 projections wrote 1.75 times the
-    /// WAL, and table and indexes grew to 13 MB rather than 0.9 MB (`benches/storage.rs`).
+    /// The index speeds up queries for stale checkpoints in a very large table. With it, no save is a heap-only
+    /// (HOT) update any more: on PostgreSQL 15, 200,000 saves of 10 projections wrote 1.75 times the WAL, and
+    /// table and indexes grew to 13 MB rather than 0.9 MB (`benches/storage.rs`).
     ///
     /// # Examples
     ///
@@ -120,34 +120,37 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
-    /// Whether pooled operations use prepared statements, which are kept with their connections, instead of
-    /// sending the text of each statement. The default is `false`.
+    /// Sets whether pooled operations use prepared statements, which are kept with their connections, instead
+    /// of sending the text of each statement. The default is `false`.
     ///
-    /// This saves the server the parsing and planning of every call. A statement that the server has forgotten,
-    /// or would not run because the table has changed, is prepared again. Operations in the caller's
-    /// transaction are not prepared.
+    /// This saves the server the parsing and planning of every call. If the server has discarded a statement,
+    /// or the table has changed since it was prepared, the statement is prepared again. Operations in the
+    /// caller's transaction are not prepared.
     ///
     /// # Poolers
     ///
-    /// Do not use it with a pooler that assigns a server session to each transaction. The `postgres` crate names
-    /// its statements `s0`, `s1` and so on, in every program. If two programs meet in one server session, a
-    /// statement may be missing (70 percent of the calls fail through `PgBouncer` 1.18), or worse, **`s0` may be
-    /// the other program's, and be executed**: writes went to the table of the other program without an error.
+    /// Do not use it with a pooler that assigns a server session to each transaction. The `postgres` crate
+    /// names its statements `s0`, `s1` and so on, in every program. If two programs share a server session, a
+    /// call may fail because its statement is missing (70 percent of the calls with `PgBouncer` 1.18), or
+    /// **execute the other program's statement of the same name**: writes went to the table of the other
+    /// program without an error.
     ///
-    /// * `connect` checks whether a second connection sees what the first one has prepared, and each new
-    ///   connection of the pool checks for names of that kind, which a new session cannot have. If they are
-    ///   found, `connect` and every later operation of the store fail with [`Backend`](crate::Error::Backend), not
-    ///   transient.
-    /// * A name that is taken, and a statement that is gone again immediately after it was prepared, give the
-    ///   same error. Stop the program then: there is a pooler.
-    /// * A pooler that is so busy that no new connection of yours meets such a session cannot be detected.
-    ///   Nothing is checked on the connections of a pool given to
+    /// - `connect` checks whether a second connection sees what the first one has prepared. For each new
+    ///   connection, the pool checks for statements with such names, which a new session cannot have. If there
+    ///   are any, `connect` and every later operation of the store fail with
+    ///   [`Backend`](crate::Error::Backend), not transient.
+    /// - The same error is returned if the name of a statement is already in use, or if a statement disappears
+    ///   right after it was prepared. Both mean that there is such a pooler: stop the program and turn this
+    ///   option off.
+    /// - Detection is not certain: on a busy pooler, a new connection may never be assigned to a shared
+    ///   session. Nothing is checked on the connections of a pool given to
     ///   [`build`](PostgresCheckpointStoreBuilder::build).
     ///
-    /// `PgBouncer` in session mode is fine, and so is a pooler that gives the statements names of its own, such as
-    /// `PgBouncer` 1.21 and later with `max_prepared_statements` above 0. Such a pooler does not carry over what
-    /// `EXECUTE` runs, as the save of [`project`](crate::PostgresCheckpointStore::project) does: on each
-    /// connection the closure may run a second time once, and the save is sent as text from then on.
+    /// `PgBouncer` in session mode is fine, and so is a pooler that gives the statements names of its own, such
+    /// as `PgBouncer` 1.21 and later with `max_prepared_statements` above 0. Such a pooler does not translate
+    /// the names in an SQL `EXECUTE`, which the save of [`project`](crate::PostgresCheckpointStore::project)
+    /// uses. That save may then fail once for each connection; `project` runs the closure again, and later
+    /// saves on that connection are sent as text.
     ///
     /// # Examples
     ///
@@ -160,20 +163,20 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
-    /// Whether pooled `save` and `advance` calls that wait at the same time share one statement and one flush of
-    /// the database's log. The default is `false`.
+    /// Sets whether pooled `save` and `advance` calls that wait at the same time share one statement and one
+    /// flush of the database's log. The default is `false`.
     ///
-    /// It helps many threads that save often, each its own projection, on a durable database, also with a
-    /// [`Checkpointer`](crate::Checkpointer) in each. It does nothing for few threads, because up to 8 calls at
-    /// once are sent alone, for rare saves, and for saves in a transaction. The
-    /// [guide](crate::guide::threads#group-commit) has figures.
+    /// Use it if many threads each save a projection of their own often, also through a
+    /// [`Checkpointer`](crate::Checkpointer). It has no effect on up to 8 concurrent calls, which are sent
+    /// alone, on rare saves, and on saves in a transaction. The [guide](crate::guide::threads#group-commit) has
+    /// figures.
     ///
-    /// A call returns when its own offset is durable, with the answer that it would have had alone. A row that
-    /// another transaction has locked delays only the calls on that row, and a write that the database refuses is
-    /// an error of its caller only. Two calls on one projection keep their order. If the connection is lost during
-    /// a shared statement, each `advance` in it is [`Unavailable`](crate::Error::Unavailable), and each `save` is
-    /// repeated as it is without group commit. A call that waits for others does not wait beyond its own
-    /// [`connection_timeout`](PostgresCheckpointStoreBuilder::connection_timeout).
+    /// A call returns when its own offset is durable, with the same result as without group commit. A row that
+    /// another transaction has locked delays only the calls on that row. If the database refuses one write,
+    /// only the call that made it fails. Two calls on one projection keep their order. If the connection is
+    /// lost during a shared statement, each `advance` in it is [`Unavailable`](crate::Error::Unavailable), and
+    /// each `save` is repeated as it is without group commit. A call that waits for others does not wait beyond
+    /// its own [`connection_timeout`](PostgresCheckpointStoreBuilder::connection_timeout).
     ///
     /// # Examples
     ///
@@ -186,11 +189,11 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
-    /// The size of the pool that `connect`, `connect_tls` and `connect_config` create. The default is 10.
+    /// Sets the size of the pool that `connect`, `connect_tls` and `connect_config` create. The default is 10.
     ///
-    /// Connections are opened as they are needed. The size is 1 to 262,143, which is what PostgreSQL can have;
-    /// `connect` refuses other numbers. A pool given to [`build`](PostgresCheckpointStoreBuilder::build) keeps its
-    /// size.
+    /// Connections are opened as they are needed. The size must be between 1 and 262,143, the maximum that
+    /// PostgreSQL supports; `connect` refuses any other. A pool given to
+    /// [`build`](PostgresCheckpointStoreBuilder::build) keeps its size.
     ///
     /// # Examples
     ///
@@ -203,11 +206,12 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
-    /// The time limit of each call: how long it waits for a connection and retries. The default is 30 seconds, or
-    /// with [`build`](PostgresCheckpointStoreBuilder::build) the `connection_timeout` of that pool.
+    /// Sets the time limit of each call: how long it waits for a connection and retries. The default is 30
+    /// seconds, or with [`build`](PostgresCheckpointStoreBuilder::build) the `connection_timeout` of that pool.
     ///
-    /// A program that is to end waits this long for a server that is away. It does not limit how long a server
-    /// takes to answer; see [time limits](PostgresCheckpointStore#time-limits). `connect` and `build` refuse zero.
+    /// While the database is down, a program may take this long to shut down. The limit does not apply to the
+    /// time that a server takes to answer; see [time limits](PostgresCheckpointStore#time-limits). `connect`
+    /// and `build` refuse zero.
     ///
     /// # Examples
     ///
@@ -225,11 +229,11 @@ impl PostgresCheckpointStoreBuilder {
 
     /// Sets a function that is called before each retry, so that an operator sees what a call is waiting for.
     ///
-    /// It is called on the thread of the call, before each new attempt, with the error that made it
-    /// necessary. While a call waits for a connection that cannot be made, it is called within a second, and
-    /// then at each attempt, at most about five times a second for each call. An attempt that is not answered
-    /// within a second is reported while it continues. The function is not called for a call that succeeds at
-    /// once, nor for what happens in the caller's own transactions, which are not retried.
+    /// It is called on the thread of the call, before each new attempt, with the error that made the attempt
+    /// necessary. If no connection can be made, it is called within a second, and then for each attempt, at
+    /// most about five times per second and call. An attempt that is not answered within a second is reported
+    /// while it continues. The function is not called for a call that succeeds at once, nor for what happens in
+    /// the caller's own transactions, which are not retried.
     ///
     /// The function may use the store. No lock of the store is held while it runs. Its time counts towards the
     /// deadline of the call. A panic in it reaches the caller, and leaves the store usable.
@@ -247,26 +251,26 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
-    /// Asks for the password before each login, instead of taking it from the parameters. The default
-    /// is none: the password in the parameters.
+    /// Sets a function that returns the password for each new connection. By default, the password in the
+    /// parameters is used.
     ///
-    /// This is for passwords that expire, such as the tokens of managed databases, which are valid
-    /// for minutes, and for passwords that are rotated. They are checked at a login only, so a
-    /// connection lives on when its password has expired.
+    /// This is for passwords that are rotated, and for passwords that expire, such as the tokens of managed
+    /// databases, which are valid for minutes. A server checks the password only at the login, so an open
+    /// connection stays usable after its password has expired.
     ///
-    /// The provider runs on a thread of its own for each new connection, at each host that is tried,
-    /// at up to four for the same address at the same time. Its time counts against the limit of that
-    /// attempt: `connect_timeout` and a second, 5 seconds by default. Keep a token until shortly before
-    /// it expires if it is slow to get, and give the request a time-out.
+    /// The function is called on a separate thread, once for each login at each host. It may run up to four
+    /// times at once for the same address. Its time counts towards the limit of that login: `connect_timeout`
+    /// and one second, 5 seconds by default. If a token is slow to get, keep it until shortly before it
+    /// expires, and give the request a time-out.
     ///
-    /// An error from the provider is [`Unavailable`](crate::Error::Unavailable), transient, with that
-    /// error in its chain of causes, and the operation retries as in any outage. So is a provider that
-    /// panics or does not return within the limit. While four calls have not returned, no other is
-    /// made. A password that the server refuses is an error that is not transient, as without a
+    /// If the function fails, the error is [`Unavailable`](crate::Error::Unavailable), transient, with the
+    /// function's error in its chain of causes, and the operation retries as in any outage. A panic and a
+    /// time-out are reported in the same way. While four calls have not returned, the function is not called
+    /// again. A password that the server refuses is an error that is not transient, as it is without a
     /// provider.
     ///
-    /// The password appears in no error and in no `Debug` output. What the provider's own error says
-    /// is shown.
+    /// The password appears in no error and in no `Debug` output. The text of the function's own error does
+    /// appear.
     ///
     /// # Examples
     ///
@@ -288,80 +292,11 @@ impl PostgresCheckpointStoreBuilder {
         self
     }
 
-    /// Connects without TLS. `params` is a URL or `key=value` pairs separated by blanks, as in
-    /// [`postgres::Config`], which lists them. White space around them is left out.
+    /// Connects without TLS. `params` is a URL, or `key=value` pairs separated by blanks, as in
+    /// [`postgres::Config`], which lists them.
     ///
-    /// Not everything is as with libpq: `tcp_user_timeout` is in seconds; neither `PG*` environment
-    /// variables nor `.pgpass` nor service files are read; what verifies a certificate is the connector
-    /// of [`connect_tls`](PostgresCheckpointStoreBuilder::connect_tls).
-    ///
-    /// Parameters that cannot be read are an error that says why. It names an option that is not known,
-    /// unless the name may be a piece of a password, and no value. Parameters that can be read are tried,
-    /// except for a host with a character that no host has, and a user, database or option that seems to
-    /// hold a password (`password=`, `pwd=`, `token=` and the like), because a server would repeat it.
-    /// Without `user` it is the operating system's user.
-    ///
-    /// One connection is made before this returns, so that what is wrong is named at once. It becomes the first
-    /// of the pool.
-    ///
-    /// # Hosts and time limits
-    ///
-    /// Several hosts, or several addresses of one host, are tried in turn, and the first that gives a
-    /// connection is used. Each has `connect_timeout` and a second for the whole login, and no more than
-    /// an equal share of the time that is left, so a frozen first host leaves time for the others.
-    /// `connect` returns within [`connection_timeout`](PostgresCheckpointStoreBuilder::connection_timeout)
-    /// and a second. A host name is looked up when its turn comes.
-    ///
-    /// An address that does not answer a login is tried last for ten minutes, or until it answers
-    /// one. Before it gets another login it has to answer a probe, which is the first two messages of a
-    /// login, so it is used again within about two seconds after it has recovered. At most four
-    /// unanswered logins at an address are under way in the whole process; a few more if it answers
-    /// probes and no login, as a pooler does whose server is away.
-    ///
-    /// If no host gives a connection, the error names the reason of each. What a PostgreSQL server
-    /// refused, such as a password, decides whether the error is transient, wherever that host stands
-    /// in the list.
-    ///
-    /// Unless the parameters set them, or set them to the defaults of `postgres`, these are used:
-    /// `connect_timeout` 4 seconds per address, `tcp_user_timeout` 10 seconds, `keepalives_idle` 10 seconds,
-    /// `keepalives_interval` 3 seconds, `keepalives_retries` 3.
-    ///
-    /// # When the network is down
-    ///
-    /// Every operation ends with [`Unavailable`](crate::Error::Unavailable), and works again when the network
-    /// does. With the values above and the link to the server down, `connect` fails within 4 seconds per address;
-    /// `advance`, and any operation in a transaction on one of the pool's connections, after 10; the others after
-    /// 30, because they retry until then. The longest that any of them can take is 50 seconds: 30, and then 20
-    /// until TCP gives up on an outstanding answer. Behind `PgBouncer` it is its `query_wait_timeout`, 120 seconds
-    /// by default, if that is longer. A connection of your own, not from
-    /// [`connection`](PostgresCheckpointStore::connection), has the limits that you set, by default none.
-    ///
-    /// The server does not notice as soon. What a lost client's transaction has locked stays locked until the
-    /// server's own `tcp_keepalives_idle`, two hours by default, or its `idle_in_transaction_session_timeout`. Set
-    /// one of them there.
-    ///
-    /// # When the server is frozen
-    ///
-    /// A server that is stopped, or that waits for a dead disk, while its kernel still acknowledges what is sent,
-    /// looks alive to TCP. `connect` fails after 5 seconds per address, and a call that needs a new connection
-    /// fails after 30. **A call whose statement has been sent waits until the server continues**, and then
-    /// succeeds. The `postgres` crate has no time-out for an answer, `statement_timeout` is enforced by the server,
-    /// and a request to cancel would wait as well. If that is not good enough, let a watchdog end the process once
-    /// the projection has made no progress for too long: nothing that was acknowledged is lost by that, and no more
-    /// is repeated than after any other crash.
-    ///
-    /// # Panics
-    ///
-    /// On a thread that drives an async runtime; see [the crate's page](crate#from-async-code).
-    ///
-    /// # Errors
-    ///
-    /// [`Unavailable`](crate::Error::Unavailable) when no connection can be made, with the cause:
-    /// an unknown host, a wrong password or database, nobody listening, TLS required, no thread or file
-    /// descriptor left. It [is transient](crate::Error::is_transient) unless the server or the TLS
-    /// connector refused.
-    /// [`Backend`](crate::Error::Backend) when the parameters cannot be read or
-    /// `max_connections` is 0; [`InvalidIdentifier`](crate::Error::InvalidIdentifier).
+    /// One connection is made before this returns, so that a mistake in the configuration is reported
+    /// immediately. It becomes the first connection of the pool.
     ///
     /// # Examples
     ///
@@ -372,6 +307,80 @@ impl PostgresCheckpointStoreBuilder {
     ///     .connect("postgres://app:secret@db.example/app")?;
     /// # Ok::<(), checkpoint_store::Error>(())
     /// ```
+    ///
+    /// # Parameters
+    ///
+    /// Surrounding white space is ignored. `user` defaults to the user of the operating system. Unlike with
+    /// libpq, `tcp_user_timeout` is in seconds, and `PG*` environment variables, `.pgpass` and service files
+    /// are not read. Certificates are verified by the connector given to
+    /// [`connect_tls`](PostgresCheckpointStoreBuilder::connect_tls), not by parameters.
+    ///
+    /// If the parameters cannot be parsed, the error says why. It never contains a value, and it names an
+    /// unknown option only if the name cannot be a piece of a password. A host with a character that no host
+    /// has, and a user, database or option that appears to contain a password (`password=`, `pwd=`, `token=`
+    /// and the like), are refused before anything is sent, because the server would repeat them in its error.
+    ///
+    /// Unless the parameters set them, or set them to the defaults of `postgres`, these are used:
+    /// `connect_timeout` 4 seconds per address, `tcp_user_timeout` 10 seconds, `keepalives_idle` 10 seconds,
+    /// `keepalives_interval` 3 seconds, `keepalives_retries` 3.
+    ///
+    /// # Hosts and time limits
+    ///
+    /// Several hosts, or several addresses of one host, are tried in turn, and the first successful one is
+    /// used. Each attempt, including the login, is limited to `connect_timeout` and one second, or to an equal
+    /// share of the time that is left if that is less. `connect` returns within
+    /// [`connection_timeout`](PostgresCheckpointStoreBuilder::connection_timeout) and one second. A host name
+    /// is looked up when its turn comes.
+    ///
+    /// If an address does not respond to a login, it is tried last for ten minutes. Before the next login at
+    /// that address, the store sends a probe, the first two messages of a login, so an address that has
+    /// recovered is used again within about two seconds. A process has at most four unanswered logins open for
+    /// each address; a few more behind a pooler that answers probes while its server is down.
+    ///
+    /// If no host gives a connection, the error names the reason of each. If a PostgreSQL server has refused
+    /// the login, for example because of the password, that decides whether the error is transient, wherever
+    /// the host stands in the list.
+    ///
+    /// # When the network is down
+    ///
+    /// Every operation returns [`Unavailable`](crate::Error::Unavailable) until the network is back. With the
+    /// values above and the link to the server down, the calls return after:
+    ///
+    /// | Call | Seconds |
+    /// |---|---:|
+    /// | `connect` | 4 for each address |
+    /// | `advance`, and operations in a transaction on a connection of the pool | 10 |
+    /// | the others, which retry until then | 30, and at most 50: 20 more until TCP gives up on an outstanding answer |
+    ///
+    /// Behind `PgBouncer` the maximum is its `query_wait_timeout`, 120 seconds by default, if that is longer. A
+    /// connection of your own, not from [`connection`](PostgresCheckpointStore::connection), has the limits
+    /// that you set, by default none.
+    ///
+    /// The server notices later, and keeps the locks of the lost client until then: two hours by default. Set
+    /// `tcp_keepalives_idle` or `idle_in_transaction_session_timeout` there.
+    ///
+    /// # When the server is frozen
+    ///
+    /// A server that is stopped, or that waits for a dead disk, while its kernel still acknowledges what is
+    /// sent, looks alive to TCP. `connect` fails after 5 seconds per address, and a call that needs a new
+    /// connection fails after 30. **A call whose statement has been sent waits until the server continues**,
+    /// and then succeeds. The `postgres` crate has no time-out for an answer, `statement_timeout` is enforced
+    /// by the server, and a request to cancel would wait as well. If you need a limit, have a watchdog end the
+    /// process once the projection has made no progress for too long. That is as safe as any other crash.
+    ///
+    /// # Panics
+    ///
+    /// On a thread that drives an async runtime; see [the crate's page](crate#from-async-code).
+    ///
+    /// # Errors
+    ///
+    /// - [`Unavailable`](crate::Error::Unavailable) if no connection can be made, with the cause: an unknown
+    ///   host, a wrong password or database, connection refused, TLS required, no thread or file descriptor
+    ///   left. It [is transient](crate::Error::is_transient) unless the server refused the login or the TLS
+    ///   connector the certificate.
+    /// - [`Backend`](crate::Error::Backend) if the parameters cannot be parsed, or a setting of the builder is
+    ///   out of its range.
+    /// - [`InvalidIdentifier`](crate::Error::InvalidIdentifier).
     pub fn connect(self, params: &str) -> Result<PostgresCheckpointStore> {
         self.connect_tls(params, NoTls)
     }
@@ -406,21 +415,20 @@ impl PostgresCheckpointStoreBuilder {
         self.connect_config(params::parse(params)?, tls)
     }
 
-    /// As [`connect_tls`](PostgresCheckpointStoreBuilder::connect_tls), with parameters that the
-    /// program has put together itself. A password needs no quoting there.
+    /// Like [`connect_tls`](PostgresCheckpointStoreBuilder::connect_tls), with a [`Config`] that you have
+    /// built. A password needs no quoting there.
     ///
-    /// The time limits that [`connect`](PostgresCheckpointStoreBuilder::connect) lists are set where
-    /// the `Config` has no value, or the default of `postgres`. Use
-    /// [`NoTls`] for a connection without TLS.
+    /// The time limits that [`connect`](PostgresCheckpointStoreBuilder::connect) lists are set where the
+    /// `Config` has no value, or the default of `postgres`. Use [`NoTls`] for a connection without TLS.
     ///
-    /// A `notice_callback` is kept if the `Config` has one host. With several hosts it is lost, because
-    /// `Config` does not give it out again.
+    /// A `notice_callback` is kept if the `Config` has one host. With several hosts it is dropped, because
+    /// `Config` has no getter for it.
     ///
     /// # Errors
     ///
-    /// As [`connect_tls`](PostgresCheckpointStoreBuilder::connect_tls). A `Config` without a host, or
-    /// whose hosts, addresses and ports do not match in number, is
-    /// [`Unavailable`](crate::Error::Unavailable), not transient.
+    /// As [`connect_tls`](PostgresCheckpointStoreBuilder::connect_tls). A `Config` without a host, or whose
+    /// hosts, addresses and ports do not match in number, is [`Unavailable`](crate::Error::Unavailable), not
+    /// transient.
     ///
     /// # Examples
     ///
@@ -470,17 +478,17 @@ impl PostgresCheckpointStoreBuilder {
         Ok(self.assemble(table, connections))
     }
 
-    /// Uses the caller's pool, whatever it was configured with.
+    /// Builds a store that uses an existing pool. No connection is made.
     ///
-    /// Set `test_on_check_out(false)` on it: a connection that turns out to be dead is replaced
-    /// anyway, and the test would double the round trips.
+    /// Set `test_on_check_out(false)` on the pool: the store replaces dead connections itself, and the test would
+    /// double the round trips.
     ///
     /// # Errors
     ///
-    /// [`InvalidIdentifier`](crate::Error::InvalidIdentifier); [`Backend`](crate::Error::Backend) when
-    /// `connection_timeout` is 0, and when there is a
-    /// [`password_provider`](PostgresCheckpointStoreBuilder::password_provider): it does not apply to
-    /// connections that another pool makes. No connection is made.
+    /// [`InvalidIdentifier`](crate::Error::InvalidIdentifier); [`Backend`](crate::Error::Backend) if
+    /// `connection_timeout` is 0, or if there is a
+    /// [`password_provider`](PostgresCheckpointStoreBuilder::password_provider), which does not apply to the
+    /// connections that another pool makes.
     ///
     /// # Examples
     ///

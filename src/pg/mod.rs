@@ -69,7 +69,11 @@ use crate::store::poll;
 use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
 
-/// Checkpoints in a PostgreSQL table, through a pool of connections.
+/// A [`CheckpointStore`] that keeps checkpoints in a PostgreSQL table, and uses a pool of connections.
+///
+/// If the read model is in the same database, use [`project`](Self::project) or
+/// [`in_transaction`](Self::in_transaction), which save the checkpoint together with it. If it is elsewhere,
+/// use a [`Checkpointer`](crate::Checkpointer) on top of a store.
 ///
 /// # Examples
 ///
@@ -83,77 +87,81 @@ use crate::{Checkpoint, CheckpointStore, Error, Result};
 /// # Ok::<(), checkpoint_store::Error>(())
 /// ```
 ///
-/// # Sharing
+/// # Sharing between threads
 ///
-/// A clone is another handle on the same pool. Threads may share one store, or hold clones. A handle may be
-/// dropped on any thread: its connections are closed by threads of their own. A panic while a store is in
-/// use leaves it usable.
+/// A clone is another handle on the same pool. Threads may share one store, or each hold a clone. A store may
+/// be dropped on any thread, also on one that drives an async runtime, because other threads close its
+/// connections. A store remains usable after a panic.
 ///
 /// # Round trips
 ///
-/// An operation takes a connection from the pool for as long as it runs, which is one round trip. A second one
-/// is needed to create the row for an `advance`, to find out why a row was not moved, and to make sure that a
-/// checkpoint that was not found is not hidden by row-level security.
+/// An operation takes one round trip, and holds a connection of the pool for that time. `advance` takes a
+/// second one if the row does not exist or holds another offset. A read that finds no checkpoint takes a second
+/// one, to check that row-level security does not hide it.
 ///
-/// # Connections
+/// # Lost connections
 ///
-/// | What happens to a connection | What the store does |
+/// | Situation | What the store does |
 /// |---|---|
-/// | It was not used for a second, or not since another connection was lost or was found to lead to a read-only server. | It is tested first, at the price of a round trip, and replaced if it does not answer within 2 seconds. Before `save`, `save_many` and `delete` it is tested if it was not used for 25 milliseconds, because a loss that is found before anything was sent is never in doubt. |
-/// | It is lost during `find`, `get` or `all`. | The operation runs again on another connection. |
-/// | It is lost during `save`, `save_many` or `delete`. | The operation runs again if the checkpoint shows that no other client has written it since the first attempt began. Otherwise it returns [`Unavailable`](Error::Unavailable): the outcome is unknown. A checkpoint that does not exist shows nothing, so the first `save` of a projection is not repeated. |
-/// | It is lost during `advance`. | It returns [`Unavailable`](Error::Unavailable): read the offset again. |
-/// | The server is read-only (25006), has ended the idle session (57P05), or a failed transaction was left open (25P02). | Nothing was executed. The connection is discarded, and the operation, `advance` too, runs again on another one. |
-/// | The server rolls back because of others: a deadlock, a serialization failure. | Nothing has happened. The operation runs again. |
+/// | A connection has been idle for more than a second; or another connection was lost, or found to be read-only, since it was last used. | Before the connection is used it is tested, which takes one more round trip, and replaced if it does not answer within 2 seconds. Before `save`, `save_many` and `delete` it is tested after 25 milliseconds, because a write that was not sent yet can safely be sent again. |
+/// | The connection is lost during `find`, `get` or `all`. | The operation runs again on another connection. |
+/// | The connection is lost during `save`, `save_many` or `delete`. | The operation runs again if `updated_at` shows that no other client has written the checkpoint since the first attempt began. Otherwise it returns [`Unavailable`](Error::Unavailable): the outcome is unknown. If the row does not exist there is nothing to compare, so the first `save` of a projection is not repeated. |
+/// | The connection is lost during `advance`. | It returns [`Unavailable`](Error::Unavailable): read the offset again. |
+/// | The statement fails with 25006 (read-only server), 57P05 (idle session ended) or 25P02 (failed transaction left open). | Nothing was executed. The connection is discarded, and the operation, including `advance`, runs again on another one. |
+/// | The statement fails with a deadlock or a serialization failure. | Nothing was executed. The operation runs again. |
 ///
-/// The test of a repeated `save` compares `updated_at` with the clock of the server. It assumes that this clock
-/// is not set forward during the call. What was written before the call by less than the time of an answer
-/// may count as written since. Within a minute after a failover, when rows may have the time of
-/// another server's clock, a lost write is not repeated. A repeated `delete` may return `false` for what its
-/// first attempt has deleted.
+/// To decide whether to repeat a write, the store compares `updated_at` with the server's clock. It assumes
+/// that this clock is not set forward during the call. The comparison is accurate to one round trip: a write of
+/// another client less than one round trip before the call may be taken for a later one, and the call then
+/// returns `Unavailable`. Within a minute after a failover no lost write is repeated, because the row may have
+/// the time of the old server's clock. A repeated `delete` may return `false` although its first attempt
+/// deleted the checkpoint.
 ///
-/// A server may still execute a request whose client is gone, so an offset that is read immediately after a
-/// loss may be the one from before. Nothing is lost or counted twice by that: `lock` waits for the
-/// transaction in progress, and an `advance` from such an offset is a [`Conflict`](Error::Conflict). A `save`
-/// that is executed so late moves the checkpoint back to its own offset; where others write the same
-/// projection, use `advance` or a transaction.
+/// After a connection is lost, the server may still be executing its last statement, so an offset that is read
+/// immediately afterwards may not include it. This is safe with `lock`, which waits for the transaction of that
+/// statement, and with `advance`, which returns a [`Conflict`](Error::Conflict). A `save` that is executed late
+/// moves the checkpoint back to its own offset. If several clients write the same projection, use `advance` or
+/// a transaction.
 ///
 /// # Time limits
 ///
-/// Each call has one deadline, set when it begins:
-/// [`connection_timeout`](PostgresCheckpointStoreBuilder::connection_timeout), 30 seconds by default. Waiting
-/// for a connection, tests, logins, retries and group commit share it. A call returns at most a second later.
-/// Only these can take longer: a statement that the server is executing, or whose answer is outstanding; a
-/// closure of [`project`](Self::project) that runs; a row lock that `lock` or `project` waits for.
-/// [`wait_for`](CheckpointStore::wait_for) keeps its own time-out instead.
+/// Each call has one deadline: [`connection_timeout`](PostgresCheckpointStoreBuilder::connection_timeout) after
+/// it begins, 30 seconds by default. Waiting for a connection, tests, logins, retries and group commit share
+/// it. A call returns at most one second after its deadline, unless one of these takes longer:
 ///
-/// A call that finds no connection returns [`Unavailable`](Error::Unavailable) when its time is over, or at
-/// once when the server refuses the login, for example because of the password. Its cause says whether no
-/// connection could be made or all are in use. After an outage a store is back within about 2 seconds of its
-/// server. With a pool of the caller's own that is up to half of the pool's `connection_timeout`, because
-/// `r2d2` pauses that long between two attempts to connect.
+/// - a statement that the server is executing, or whose answer is outstanding;
+/// - a running closure of [`project`](Self::project);
+/// - a row lock that `lock` or `project` waits for.
+///
+/// [`wait_for`](CheckpointStore::wait_for) has its own time-out instead.
+///
+/// A call that finds no connection returns [`Unavailable`](Error::Unavailable) at its deadline, or immediately
+/// if the server refuses the login, for example because of the password. The cause distinguishes a pool whose
+/// connections are all in use from a server that cannot be reached. When a server comes back, the store
+/// reconnects within about 2 seconds. With a pool of your own that takes up to half of the pool's
+/// `connection_timeout`, because `r2d2` pauses that long between two attempts to connect.
 ///
 /// # Retries
 ///
 /// The first retry after a lost connection is immediate. After that the pauses double from 50 milliseconds up
-/// to 1 second; after a deadlock or a serialization failure from 5 up to 200 milliseconds. Each pause is
-/// shortened by up to a half at random, so that many clients do not come back together.
-/// [`on_retry`](PostgresCheckpointStoreBuilder::on_retry) observes them.
+/// to 1 second; after a deadlock or a serialization failure, from 5 up to 200 milliseconds. Each pause is
+/// shortened at random by up to a half, so that clients do not all retry at the same moment.
+/// [`on_retry`](PostgresCheckpointStoreBuilder::on_retry) reports each retry.
 ///
 /// # Triggers, rules and policies
 ///
-/// What the server has written is compared with what it was given. If a trigger, a rule or a policy has
-/// discarded or altered it, the write is an error, and nothing of it is kept.
+/// Each write checks that the stored row has the given name and offset. If a trigger, a rule or a policy has
+/// discarded or altered the row, the call fails, and nothing of the write is kept.
 ///
-/// # Statements
+/// # Poolers
 ///
-/// Statements are unnamed, so a pooler such as PgBouncer in transaction mode may stand in between, unless
+/// Statements are unnamed, so the store works through a pooler such as PgBouncer in transaction mode, unless
 /// [`prepared_statements`](PostgresCheckpointStoreBuilder::prepared_statements) is on.
 ///
 /// # Panics
 ///
-/// On a thread that drives an async runtime, every operation panics; see
-/// [the crate's page](crate#from-async-code).
+/// On a thread that drives an async runtime, every operation panics; see [the crate's
+/// page](crate#from-async-code).
 #[derive(Clone)]
 pub struct PostgresCheckpointStore {
     shared: Arc<Shared>,
@@ -226,24 +234,22 @@ impl PostgresCheckpointStore {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Makes the table, and the schema, where they are missing. Nothing else of this crate runs
-    /// DDL.
+    /// Creates the table, and its schema, if they do not exist. No other operation of this crate runs DDL.
     ///
-    /// The table gets a `fillfactor` of 25: room on each page for new versions of its rows, so that
-    /// more than 99 percent of saves are heap-only (HOT) updates and the table stays small; see
-    /// `benches/storage.rs`. A table that is there already is left as it is.
+    /// The table gets a `fillfactor` of 25: room on each page for new versions of its rows, so that more than
+    /// 99 percent of saves are heap-only (HOT) updates and the table stays small; see `benches/storage.rs`. An
+    /// existing table is checked and not changed.
     ///
-    /// Any number of processes may call it at once. Where the table stands already nothing is
-    /// created, and no right to create anything is needed; its columns are checked. Once it
-    /// stands, `USAGE` on the schema and `SELECT`, `INSERT`, `UPDATE`, `DELETE` on the table are
-    /// enough for everything.
+    /// Any number of processes may call it at the same time. If the table exists, no right to create anything
+    /// is needed. Every operation then needs no more than `USAGE` on the schema and `SELECT`, `INSERT`,
+    /// `UPDATE`, `DELETE` on the table.
     ///
     /// # Errors
     ///
-    /// [`IncompatibleTable`](Error::IncompatibleTable) when the table has other columns, types,
-    /// nullability or another primary key; columns besides are fine if rows can do without them.
-    /// [`Backend`](Error::Backend) when the role lacks the right to create what is missing;
-    /// [`Unavailable`](Error::Unavailable).
+    /// - [`IncompatibleTable`](Error::IncompatibleTable) if the table has other columns, types, nullability or
+    ///   another primary key. It may have more columns if a row needs no value for them.
+    /// - [`Backend`](Error::Backend) if the role lacks the right to create what is missing.
+    /// - [`Unavailable`](Error::Unavailable).
     ///
     /// # Examples
     ///
@@ -267,8 +273,8 @@ impl PostgresCheckpointStore {
         }
     }
 
-    /// The store's operations inside the caller's transaction, on whatever connection that is; so
-    /// the read model and the checkpoint commit together, and each event counts exactly once.
+    /// Returns the store's operations inside the caller's transaction, on any connection. Read model and
+    /// checkpoint are then committed together.
     ///
     /// # Examples
     ///
@@ -287,31 +293,28 @@ impl PostgresCheckpointStore {
         InTransaction { queries, connections, tx }
     }
 
-    /// A connection of the pool, for the caller's own statements and transactions. It goes back when
-    /// it is dropped.
+    /// Takes a connection from the pool, for the caller's own statements and transactions. The connection
+    /// returns to the pool when it is dropped.
     ///
-    /// It waits for one as every operation does, and tests one that is suspect; see
-    /// [above](Self#connections).
+    /// Like every operation, it waits for a connection, and tests one that may be lost; see
+    /// [above](Self#lost-connections).
     ///
-    /// Give it back as it was: begin transactions with `transaction()`, which rolls back when it is
-    /// dropped, and change no setting that outlasts them. After a `BEGIN` of your own that is still
-    /// open, the store's next operation on that connection is part of it: a `save` would return
-    /// `Ok`, and never be committed.
+    /// Leave the connection as it was: begin transactions with `transaction()`, which rolls back when it is
+    /// dropped, and change no setting that outlasts them. After a `BEGIN` of your own that is still open, the
+    /// store's next operation on that connection is part of that transaction: a `save` would return `Ok`, and
+    /// never be committed.
     ///
     /// # Errors
     ///
-    /// [`Unavailable`](Error::Unavailable), with the cause. A thread that holds the pool's last
-    /// connection and wants another one, or calls the store itself, gets it after the time-out.
+    /// [`Unavailable`](Error::Unavailable), with the cause. If a thread holds the pool's last connection and
+    /// asks for another one, or calls the store itself, the call fails at its deadline.
     ///
     /// # Examples
     ///
     /// ```no_run
     /// # fn f(store: checkpoint_store::PostgresCheckpointStore) -> checkpoint_store::Result<()> {
     /// let mut client = store.connection()?;
-    /// let mut tx = client.transaction()?;
-    /// tx.execute("UPDATE totals SET orders = orders + 1", &[])?;
-    /// store.in_transaction(&mut tx).save("orders", 42)?;
-    /// tx.commit()?;
+    /// println!("{} orders", client.query_one("SELECT count(*) FROM orders", &[])?.get::<_, i64>(0));
     /// # Ok(()) }
     /// ```
     pub fn connection(&self) -> Result<PooledClient> {
@@ -319,7 +322,7 @@ impl PostgresCheckpointStore {
         connections.client("connection", "the store's pool", &mut connections.call())
     }
 
-    /// How many connections the pool has, and how many of them are idle.
+    /// Returns how many connections the pool has, and how many of them are idle.
     ///
     /// # Examples
     ///

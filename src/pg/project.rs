@@ -30,12 +30,12 @@ use crate::validate::validate_projection;
 /// assert!(!is_worth_asking_again_at_once(Batch::Taken));
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[must_use = "it tells whether there was anything to apply, and whether another worker has the projection"]
+#[must_use = "the result says whether a batch was committed or another worker has locked the projection"]
 #[non_exhaustive]
 pub enum Batch {
-    /// It is committed; the projection is at this offset.
+    /// The batch was committed. The field is the new checkpoint.
     Committed(i64),
-    /// There was nothing new. Nothing was written.
+    /// The closure found no new events. The checkpoint is unchanged.
     NothingNew,
     /// Another worker has locked the projection. The closure was not run.
     Taken,
@@ -45,9 +45,9 @@ impl PostgresCheckpointStore {
     /// Applies one batch of events exactly once.
     ///
     /// It begins a transaction, locks the projection, calls `apply` with the transaction and the offset, saves
-    /// the offset that `apply` returns, and commits. Read model and checkpoint are committed together or not
-    /// at all. Returns the new offset, or `None` if `apply` found nothing new. When several workers call it for
-    /// one projection, each waits until the one before has committed, and continues from there.
+    /// the offset that `apply` returns, and commits. Read model and checkpoint are committed together or not at
+    /// all. Returns the new offset, or `None` if `apply` found nothing new. When several workers call it for one
+    /// projection, they run one after another, and each starts at the offset that the previous one has saved.
     ///
     /// # Examples
     ///
@@ -99,10 +99,11 @@ impl PostgresCheckpointStore {
     /// **It may run more than once**, so it must have no effect outside the transaction, and must use the offset
     /// that it is given.
     ///
-    /// It must not end the transaction: after a COMMIT or ROLLBACK of its own the batch fails, and its offset is
-    /// not saved. Run a statement that may fail inside a savepoint, `tx.transaction()`. A statement that fails
-    /// outside a savepoint fails the whole batch. If the closure ignores that error, the batch fails with a
-    /// [`Backend`](Error::Backend) error that is not transient, whatever the ignored one was.
+    /// It must not end the transaction: if it runs COMMIT or ROLLBACK, `project` returns an error and does not
+    /// save the offset, although what was committed stays. If a statement may fail, run it inside a savepoint,
+    /// which `tx.transaction()` creates. A statement that fails outside a savepoint fails the whole batch. If the
+    /// closure ignores that error, the batch fails with a [`Backend`](crate::Error::Backend) error that is not
+    /// transient, whatever the ignored one was.
     ///
     /// Inside the closure, do not write through the store. `save`, `save_many`, `advance`, `delete`, `project`
     /// and `try_project` of the same store return an error there, because they would wait for the closure's own
@@ -110,10 +111,10 @@ impl PostgresCheckpointStore {
     ///
     /// # Retries
     ///
-    /// After a lost connection at any step, a deadlock, a serialization failure, and on a server that has
-    /// become read-only, the batch starts over on another connection, from the offset that is stored then.
-    /// It retries for [`connection_timeout`](super::PostgresCheckpointStoreBuilder::connection_timeout),
-    /// counted from the first failure, because the closure may have run for long before.
+    /// After a lost connection at any step, a deadlock, a serialization failure, and on a server that has become
+    /// read-only, the batch starts over on another connection, from the offset that is stored then. It retries
+    /// for [`connection_timeout`](super::PostgresCheckpointStoreBuilder::connection_timeout), counted from the
+    /// first failure and not from the start of the call, so that a long closure does not use up the time.
     ///
     /// If the response to COMMIT is lost, the batch is in doubt. The next attempt takes the lock and checks
     /// whether the checkpoint has reached the offset that this call was to save. If it has, the batch was
@@ -130,22 +131,23 @@ impl PostgresCheckpointStore {
     ///
     /// # Round trips
     ///
-    /// A call takes three round trips besides those of `apply`, whether or not it finds events, because the save
-    /// and the COMMIT are one message. If the projection has no checkpoint yet, there are two more. An idle call
-    /// costs the server a transaction id and 96 bytes of log, because it locks the row. If many projections are
-    /// idle, first compare [`get`](crate::CheckpointStore::get) with the end of the stream.
+    /// Besides those of `apply`, a call takes three round trips: BEGIN, the lock, and the save together with the
+    /// COMMIT, or a ROLLBACK if there are no events. If the projection has no checkpoint yet, there are two more.
+    /// An idle call costs the server a transaction id and 96 bytes of write-ahead log, because it locks the row.
+    /// If many projections are idle, first compare [`all`](crate::CheckpointStore::all) with the end of the
+    /// stream.
     ///
-    /// # Or `in_transaction`?
+    /// # When to use `in_transaction` instead
     ///
     /// [`in_transaction`](Self::in_transaction) is for a transaction that exists already. There the caller locks,
     /// saves, commits, and decides what to retry.
     ///
     /// # Errors
     ///
-    /// An error of `apply` is returned unchanged. [`InvalidOffset`](Error::InvalidOffset) if the offset that
+    /// An error of `apply` is returned unchanged. [`InvalidOffset`](crate::Error::InvalidOffset) if the offset that
     /// `apply` returns is not greater than the one that it was given; everything is rolled back then.
-    /// [`InvalidProjection`](Error::InvalidProjection) if the name is not valid.
-    /// [`Unavailable`](Error::Unavailable) and [`Backend`](Error::Backend) name the step that failed, `begin`,
+    /// [`InvalidProjection`](crate::Error::InvalidProjection) if the name is not valid.
+    /// [`Unavailable`](crate::Error::Unavailable) and [`Backend`](Error::Backend) name the step that failed, `begin`,
     /// `lock`, `apply`, `save` or `commit`, and the projection.
     ///
     /// # Panics
@@ -162,12 +164,12 @@ impl PostgresCheckpointStore {
         })
     }
 
-    /// Like [`project`](Self::project), but does not wait for another worker: if one has the projection, it
-    /// returns [`Taken`](Batch::Taken). For a few threads that share many projections.
+    /// Like [`project`](Self::project), but does not wait for another worker: if one has locked the projection,
+    /// it returns [`Taken`](Batch::Taken) immediately. It is for a few threads that share many projections.
     ///
-    /// It waits in two cases. If the answer to its own COMMIT is lost, it waits for that COMMIT to end. If the
-    /// projection has no checkpoint, its save waits for a transaction that is creating one by `save` or
-    /// `advance`.
+    /// There are two cases in which it does wait. If the answer to its own COMMIT is lost, it waits for that
+    /// COMMIT to end. If the projection has no checkpoint, its save waits for a transaction that is creating one
+    /// by `save` or `advance`.
     ///
     /// # Errors
     ///
@@ -179,7 +181,7 @@ impl PostgresCheckpointStore {
     /// use checkpoint_store::postgres::Transaction;
     /// use checkpoint_store::{Batch, PostgresCheckpointStore, Result};
     ///
-    /// /// Visits each projection once, without those that another worker has. Was there anything new?
+    /// /// Applies one batch of each projection that no other worker has locked. Returns whether there was any.
     /// fn round(
     ///     store: &PostgresCheckpointStore,
     ///     projections: &[&str],
@@ -237,7 +239,7 @@ impl PostgresCheckpointStore {
             if !retries.has_failed() {
                 retries.extend(connections.deadline());
             }
-            // After what is retried nothing has happened, or the next lock will tell.
+            // Another attempt is safe: nothing was committed, or the next one finds out under the lock.
             let (error, next) = match failed {
                 Failed::At(step, cause)
                     if is_stale(cause.as_ref()) && client.prepares && !has_prepared_again =>
