@@ -147,7 +147,7 @@ impl PostgresCheckpointStore {
     /// An error of `apply` is returned unchanged. [`InvalidOffset`](crate::Error::InvalidOffset) if the offset that
     /// `apply` returns is not greater than the one that it was given; everything is rolled back then.
     /// [`InvalidProjection`](crate::Error::InvalidProjection) if the name is not valid.
-    /// [`Unavailable`](crate::Error::Unavailable) and [`Backend`](Error::Backend) name the step that failed, `begin`,
+    /// [`Unavailable`](crate::Error::Unavailable) and [`Backend`](crate::Error::Backend) name the step that failed, `begin`,
     /// `lock`, `apply`, `save` or `commit`, and the projection.
     ///
     /// # Panics
