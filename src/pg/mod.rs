@@ -260,8 +260,8 @@ impl PostgresCheckpointStore {
     /// # Ok::<(), checkpoint_store::Error>(())
     /// ```
     pub fn migrate(&self) -> Result<()> {
-        let Shared { queries: Queries { table, .. }, updated_at_index, .. } = &*self.shared;
-        let subject = format_args!("table {table}");
+        let Shared { queries, updated_at_index, .. } = &*self.shared;
+        let (table, subject) = (&queries.table, queries.about_all());
         let migration = self.run("migrate", subject, AfterLoss::Repeat, |client, _| {
             migrate(client, table, *updated_at_index)
         })?;
@@ -439,8 +439,7 @@ impl CheckpointStore for PostgresCheckpointStore {
 
     fn all(&self) -> Result<Vec<Checkpoint>> {
         let queries = &self.shared.queries;
-        let subject = format_args!("table {}", queries.table);
-        self.run("all", subject, AfterLoss::Repeat, |client, _| queries.all(client))
+        self.run("all", queries.about_all(), AfterLoss::Repeat, |client, _| queries.all(client))
     }
 
     fn save(&self, projection: &str, offset: i64) -> Result<()> {

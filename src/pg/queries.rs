@@ -32,6 +32,11 @@ impl Queries {
         Subject::Projection(projection, &self.table)
     }
 
+    /// The same for an operation on all of them.
+    pub(crate) fn about_all(&self) -> Subject<'_> {
+        Subject::All(&self.table)
+    }
+
     /// The same for an operation on several.
     pub(crate) fn about_many(&self, checkpoints: &[(&str, i64)]) -> Subject<'_> {
         self.about_so_many(checkpoints.len())
@@ -261,6 +266,7 @@ pub(crate) enum LockedRow {
 pub(crate) enum Subject<'a> {
     Projection(&'a str, &'a Table),
     Projections(usize, &'a Table),
+    All(&'a Table),
 }
 
 impl fmt::Display for Subject<'_> {
@@ -268,6 +274,7 @@ impl fmt::Display for Subject<'_> {
         match self {
             Self::Projection(name, table) => write!(f, "projection {name:?} in table {table}"),
             Self::Projections(count, table) => write!(f, "{count} checkpoints in table {table}"),
+            Self::All(table) => write!(f, "table {table}"),
         }
     }
 }

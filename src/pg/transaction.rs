@@ -134,7 +134,7 @@ impl InTransaction<'_, '_> {
         let queries = self.queries;
         queries
             .all(&mut DirectSession::unnamed(self.tx))
-            .map_err(|cause| self.failed("all", format_args!("table {}", queries.table), cause))
+            .map_err(|cause| self.failed("all", queries.about_all(), cause))
     }
 
     /// Sets the checkpoint, forwards or back, from the commit on. One round trip.
