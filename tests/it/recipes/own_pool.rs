@@ -150,11 +150,11 @@ fn a_password_that_was_rotated_is_read_anew_for_the_next_connection() {
     let params = format!("host=127.0.0.1 port={} user=worker dbname=postgres", server.port());
     let store = connect_with_token(&params, file.path().to_owned()).unwrap();
     store.migrate().unwrap();
+    store.save("orders", 42).unwrap();
     for round in 1..=3 {
         admin.batch_execute(&format!("ALTER ROLE worker PASSWORD 'token {round}'")).unwrap();
         fs::write(file.path(), format!("token {round}\n")).unwrap();
         harness::end_sessions(&mut admin);
-        store.save("orders", round).unwrap();
+        assert_eq!(store.get("orders").unwrap(), 42);
     }
-    assert_eq!(store.get("orders").unwrap(), 3);
 }
