@@ -120,6 +120,9 @@ pub(crate) fn end_sessions(admin: &mut Client) {
     let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
     admin.execute(end, &[]).expect("a superuser");
+    // For so long a connection that was just used is not tested before a write, which may then be in doubt.
+    let ended = Instant::now();
+    wait_until("idle connections are tested", || ended.elapsed() > Duration::from_millis(30));
 }
 
 /// Ends a backend as an administrator does, and waits until it is gone.
