@@ -7,14 +7,37 @@ use postgres::Transaction;
 use postgres::error::SqlState;
 
 use super::client::PooledClient;
-use super::errors::{
-    Cause, ErrorClass, Outcome, Rivals, failure, no_connection, postgres_error, sql_state,
-};
-use super::project::Batch;
+use super::connect_error::no_connection;
+use super::errors::{Cause, ErrorClass, Outcome, Rivals, failure, postgres_error, sql_state};
 use super::queries::{LockedRow, Queries, is_not_as_given};
 use super::session::{DirectSession, Session, StatementCache};
 use crate::validate::validate_offset;
 use crate::{Error, Result};
+
+/// The outcome of [`try_project`](super::PostgresCheckpointStore::try_project).
+///
+/// # Examples
+///
+/// ```
+/// use checkpoint_store::Batch;
+///
+/// fn is_worth_asking_again_at_once(batch: Batch) -> bool {
+///     matches!(batch, Batch::Committed(_))
+/// }
+/// assert!(is_worth_asking_again_at_once(Batch::Committed(42)));
+/// assert!(!is_worth_asking_again_at_once(Batch::Taken));
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use = "the result says whether a batch was committed or another worker has locked the projection"]
+#[non_exhaustive]
+pub enum Batch {
+    /// The batch was committed. The field is the new checkpoint.
+    Committed(i64),
+    /// The closure found no new events. The checkpoint is unchanged.
+    NothingNew,
+    /// Another worker has locked the projection. The closure was not run.
+    Taken,
+}
 
 /// How often the connection may be lost between the start of the closure and the answer to the save: the
 /// closure's own statement, or the time that it takes, may be what ends the connection.

@@ -9,8 +9,9 @@ use r2d2::{ManageConnection, Pool};
 
 use super::close::close;
 use super::connect::{Connector, PasswordProvider};
+use super::connect_error::no_connection;
 use super::connections::{Connections, DEFAULT_TIMEOUT};
-use super::errors::{failure, no_connection};
+use super::errors::failure;
 use super::group::Group;
 use super::identifier::Table;
 use super::params;

@@ -7,7 +7,8 @@ use std::iter;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::errors::{Cause, is_refused};
+use super::errors::{Cause, find_cause, is_refused, postgres_error};
+use crate::Error;
 
 /// Why no connection was made. With several hosts the text says what became of each, and the source
 /// is that of the one which decides.
@@ -150,6 +151,21 @@ impl StdError for NoConnection {
 #[derive(Debug, thiserror::Error)]
 #[error("all connections of the pool are in use ({0}), perhaps by the calling thread itself")]
 pub(crate) struct AllInUse(pub(crate) u32);
+
+/// The error of an operation for which there was no connection.
+pub(crate) fn no_connection(
+    operation: &'static str,
+    subject: impl fmt::Display,
+    source: impl Into<Cause>,
+) -> Error {
+    let source = source.into();
+    let is_refusal = match find_cause::<ConnectError>(source.as_ref()) {
+        Some(error) => error.is_refusal(),
+        None => postgres_error(source.as_ref()).is_some_and(is_refused),
+    };
+    let transient = !is_refusal;
+    Error::Unavailable { operation, subject: Some(subject.to_string()), source, transient }
+}
 
 #[cfg(test)]
 mod tests {

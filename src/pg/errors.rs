@@ -6,7 +6,6 @@ use std::io;
 
 use postgres::error::{Severity, SqlState};
 
-use super::connect_error::ConnectError;
 use crate::Error;
 use crate::error::{CALLERS_POOL, CALLERS_STATEMENT, causes};
 
@@ -78,17 +77,6 @@ pub(crate) fn failure(
     Error::Backend { operation, subject: Some(subject), source, transient }
 }
 
-/// The error of an operation for which there was no connection.
-pub(crate) fn no_connection(
-    operation: &'static str,
-    subject: impl fmt::Display,
-    source: impl Into<Cause>,
-) -> Error {
-    let source = source.into();
-    let transient = !is_refusal(source.as_ref());
-    Error::Unavailable { operation, subject: Some(subject.to_string()), source, transient }
-}
-
 /// The connection was lost while a write was sent, and the row does not tell whether it was executed.
 #[derive(Debug, thiserror::Error)]
 #[error(
@@ -144,7 +132,9 @@ pub(crate) fn postgres_error<'a>(
 }
 
 /// The first error of this type in the chain of causes.
-fn find_cause<'a, T: StdError + 'static>(cause: &'a (dyn StdError + 'static)) -> Option<&'a T> {
+pub(crate) fn find_cause<'a, T: StdError + 'static>(
+    cause: &'a (dyn StdError + 'static),
+) -> Option<&'a T> {
     causes(cause).find_map(|cause| cause.downcast_ref())
 }
 
@@ -202,14 +192,6 @@ fn is_shortage_or_rivalry(code: &SqlState) -> bool {
             SqlState::IO_ERROR,
         ]
         .contains(code)
-}
-
-/// Whether a connection was refused for a reason that waiting does not change.
-pub(crate) fn is_refusal(cause: &(dyn StdError + 'static)) -> bool {
-    match find_cause::<ConnectError>(cause) {
-        Some(error) => error.is_refusal(),
-        None => postgres_error(cause).is_some_and(is_refused),
-    }
 }
 
 /// Whether the server or the TLS connector has said no, for a reason that waiting does not change: a

@@ -51,15 +51,16 @@ use std::time::{Duration, Instant};
 use postgres::{Client, Transaction};
 use r2d2::{ManageConnection, Pool};
 
+pub use self::attempt::Batch;
 pub use self::builder::PostgresCheckpointStoreBuilder;
 pub use self::client::PooledClient;
 pub(crate) use self::errors::{postgres_error, transience};
-pub use self::project::Batch;
 pub use self::retry::Retry;
 pub use self::transaction::InTransaction;
 
+use self::connect_error::no_connection;
 use self::connections::{AfterLoss, Connections};
-use self::errors::{Outcome, no_connection};
+use self::errors::Outcome;
 use self::group::{Executed, Group, GroupError, Write};
 use self::identifier::Table;
 use self::migrate::{Migration, migrate};

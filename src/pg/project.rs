@@ -6,7 +6,7 @@ use postgres::Transaction;
 
 use super::PostgresCheckpointStore;
 use super::applying::Applying;
-use super::attempt::{Attempt, Failed, LOSSES_WHILE_APPLYING, WhileTaken};
+use super::attempt::{Attempt, Batch, Failed, LOSSES_WHILE_APPLYING, WhileTaken};
 use super::client::takes_writes;
 use super::connections::{AfterLoss, next_after};
 use super::errors::{failure, postgres_error};
@@ -15,31 +15,6 @@ use super::retry::Next;
 use super::session::{StatementCache, is_stale};
 use crate::Result;
 use crate::validate::validate_projection;
-
-/// The outcome of [`try_project`](PostgresCheckpointStore::try_project).
-///
-/// # Examples
-///
-/// ```
-/// use checkpoint_store::Batch;
-///
-/// fn is_worth_asking_again_at_once(batch: Batch) -> bool {
-///     matches!(batch, Batch::Committed(_))
-/// }
-/// assert!(is_worth_asking_again_at_once(Batch::Committed(42)));
-/// assert!(!is_worth_asking_again_at_once(Batch::Taken));
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[must_use = "the result says whether a batch was committed or another worker has locked the projection"]
-#[non_exhaustive]
-pub enum Batch {
-    /// The batch was committed. The field is the new checkpoint.
-    Committed(i64),
-    /// The closure found no new events. The checkpoint is unchanged.
-    NothingNew,
-    /// Another worker has locked the projection. The closure was not run.
-    Taken,
-}
 
 impl PostgresCheckpointStore {
     /// Applies one batch of events exactly once.
