@@ -89,7 +89,8 @@ impl PostgresCheckpointStore {
     /// After a lost connection at any step, a deadlock, a serialization failure, and on a server that has become
     /// read-only, the batch starts over on another connection, from the offset that is stored then. It retries
     /// for [`connection_timeout`](super::PostgresCheckpointStoreBuilder::connection_timeout), counted from the
-    /// first failure and not from the start of the call, so that a long closure does not use up the time.
+    /// first attempt that fails and not from the start of the call, so that a long closure does not use up the
+    /// time.
     ///
     /// If the response to COMMIT is lost, the batch is in doubt. The next attempt takes the lock and checks
     /// whether the checkpoint has reached the offset that this call was to save. If it has, the batch was
@@ -197,7 +198,7 @@ impl PostgresCheckpointStore {
         };
         let mut attempt = Attempt::new(queries, projection, while_taken);
         let mut retries = connections.call();
-        let mut has_prepared_again = false;
+        let (mut is_first_attempt, mut has_prepared_again) = (true, false);
         loop {
             let mut client = connections.client("begin", subject, &mut retries)?;
             let failed = match attempt.run(&mut client, &mut apply) {
@@ -210,8 +211,9 @@ impl PostgresCheckpointStore {
             if attempt.in_doubt.is_none() || matches!(failed, Failed::InDoubt(_)) {
                 retries.end_of_doubt(subject);
             }
-            // However long the closure has run: the time to retry begins with the first failure.
-            if !retries.has_failed() {
+            // However long the closure has run: the time to retry begins with the first attempt that fails.
+            if is_first_attempt {
+                is_first_attempt = false;
                 retries.extend(connections.deadline());
             }
             // Another attempt is safe: nothing was committed, or the next one finds out under the lock.

@@ -89,10 +89,6 @@ impl<'a> Retries<'a> {
         self.deadline.saturating_duration_since(Instant::now())
     }
 
-    pub(crate) fn has_failed(&self) -> bool {
-        self.first_failure.is_some()
-    }
-
     /// Moves the deadline: for a call whose time begins with its first failure.
     pub(crate) fn extend(&mut self, deadline: Instant) {
         self.deadline = deadline;

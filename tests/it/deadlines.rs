@@ -1,5 +1,6 @@
 //! Each call returns within its time limit, whatever the server and the pool do.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
@@ -422,4 +423,46 @@ fn a_closure_that_ends_its_session_by_itself_is_not_told_of_a_limit_that_it_has_
     // `postgres` reads the server's text in some of the attempts, and in none of them at times.
     let state = sql_state(&error);
     assert!(matches!(state.as_deref(), None | Some("57P01")), "{}", chain(&error));
+}
+
+/// What was waited for before the closure ran is no failure of an attempt.
+#[test]
+fn the_time_to_retry_begins_after_the_closure_also_after_a_slow_login() {
+    let limit = Duration::from_secs(3);
+    let schema = Schema::new();
+    schema.store.save("orders", 1).unwrap();
+    let is_slow: &AtomicBool = Box::leak(Box::default());
+    let store = PostgresCheckpointStore::builder()
+        .schema(&schema.name)
+        .max_connections(1)
+        .connection_timeout(limit)
+        .password_provider(|| {
+            let asked = Instant::now();
+            while is_slow.load(Ordering::SeqCst) && asked.elapsed() < Duration::from_millis(1_500) {
+                thread::yield_now();
+            }
+            Ok(String::new())
+        })
+        .connect(&harness::server().params())
+        .unwrap();
+    let mut client = store.connection().unwrap();
+    client.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").unwrap_err();
+    wait_until("the client knows of it", || {
+        client.batch_execute("").is_err() && client.is_closed()
+    });
+    drop(client);
+    is_slow.store(true, Ordering::SeqCst);
+    let mut runs = 0;
+    let applied = store.project("orders", |tx, offset| {
+        is_slow.store(false, Ordering::SeqCst);
+        runs += 1;
+        if runs == 1 {
+            let began = Instant::now();
+            wait_until("the closure has taken longer than the limit", || began.elapsed() > limit);
+            tx.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())")?;
+        }
+        Ok(Some(offset + 1))
+    });
+    assert_eq!(applied.unwrap(), Some(2));
+    assert_eq!(runs, 2);
 }
