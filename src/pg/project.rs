@@ -82,7 +82,8 @@ impl PostgresCheckpointStore {
     ///
     /// Inside the closure, do not write through the store. `save`, `save_many`, `advance`, `delete`, `project`
     /// and `try_project` of the same store return an error there, because they would wait for the closure's own
-    /// transaction. Use [`in_transaction`](Self::in_transaction) with the transaction of the closure.
+    /// transaction. To write another checkpoint there, pass the closure's transaction to
+    /// [`in_transaction`](Self::in_transaction).
     ///
     /// # Retries
     ///
