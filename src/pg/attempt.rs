@@ -132,9 +132,6 @@ impl<'a> Attempt<'a> {
         let mut session = DirectSession { client: &mut tx, cache: cache.as_deref_mut() };
         let locked = self.lock(&mut session).map_err(at("lock"))?;
         let Some((row, from)) = locked else { return Ok(Batch::Taken) };
-        if let Some(cache) = &mut cache {
-            self.queries.prepare_to_save(cache, &mut tx).map_err(at("lock"))?;
-        }
         if let Some(in_doubt) = self.in_doubt.take() {
             // Whoever has brought it there, every event up to there is applied, and once.
             if from >= in_doubt {
@@ -147,6 +144,9 @@ impl<'a> Attempt<'a> {
         if self.losses >= LOSSES_WHILE_APPLYING {
             let subject = self.queries.about(self.projection);
             return Err(Failed::LostInClosure(no_connection("save", subject, LostTooOften)));
+        }
+        if let Some(cache) = &mut cache {
+            self.queries.prepare_to_save(cache, &mut tx).map_err(at("lock"))?;
         }
         let began = Instant::now();
         let applied = apply(&mut tx, from);

@@ -239,12 +239,13 @@ impl Session for PooledClient {
             return DirectSession::unnamed(&mut **self).query(query, parameters);
         }
         let mut cache = mem::take(self.kept::<StatementCache>());
-        let mut outcome =
-            DirectSession { client: &mut **self, cache: Some(&mut cache) }.query(query, parameters);
+        let mut run = |cache: &mut StatementCache| {
+            DirectSession { client: &mut **self, cache: Some(cache) }.query(query, parameters)
+        };
+        let mut outcome = run(&mut cache);
         if outcome.as_ref().is_err_and(|cause| is_stale(cause.as_ref())) {
             cache.clear(false);
-            outcome = DirectSession { client: &mut **self, cache: Some(&mut cache) }
-                .query(query, parameters);
+            outcome = run(&mut cache);
         }
         *self.kept() = cache;
         outcome.map_err(name_the_pooler)

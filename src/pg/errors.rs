@@ -142,10 +142,8 @@ pub(crate) fn find_cause<'a, T: StdError + 'static>(
 /// `postgres` often reports no more than "connection closed" where the server has explained the end.
 pub(crate) fn is_explained(error: &Error) -> bool {
     let cause = error.source();
-    let mut causes = std::iter::successors(cause, |&cause| cause.source());
-    let r2d2 = causes.find_map(|cause| cause.downcast_ref::<r2d2::Error>());
     cause.is_some_and(<dyn StdError>::is::<OutcomeUnknown>)
-        || r2d2.is_some_and(names_its_cause)
+        || find_cause(error).is_some_and(names_its_cause)
         || postgres_error(error).is_some_and(|error| error.as_db_error().is_some())
 }
 

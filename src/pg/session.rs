@@ -20,6 +20,8 @@ pub(crate) struct Query {
 /// A statement whose two parameters, a name and an offset, can stand in its text: `$1` and `$2`.
 #[derive(Debug)]
 pub(crate) struct Template {
+    /// With the parameters, for the server to bind.
+    sql: String,
     /// What stands before the first parameter, and each parameter's number with what follows it.
     pieces: Vec<String>,
 }
@@ -27,7 +29,8 @@ pub(crate) struct Template {
 impl Template {
     /// `render` completes the text between the parameters, and may bring in what looks like one.
     pub(crate) fn new(sql: &str, render: impl FnMut(&str) -> String) -> Self {
-        Self { pieces: sql.split('$').map(render).collect() }
+        let pieces: Vec<_> = sql.split('$').map(render).collect();
+        Self { sql: pieces.join("$"), pieces }
     }
 
     /// The statement with these expressions as its parameters.
@@ -70,22 +73,22 @@ impl StatementCache {
         client: &mut impl GenericClient,
         template: &Template,
     ) -> Result<(), postgres::Error> {
-        let sql = template.with(["$1", "$2"]);
-        if self.keeps_no_names || self.names.contains_key(&sql) {
+        let sql = &template.sql;
+        if self.keeps_no_names || self.names.contains_key(sql) {
             return Ok(());
         }
         // At random, because clients that meet in a session must not meet in a name.
-        let name = format!("checkpoint_store_{:016x}", RandomState::new().hash_one(&sql));
+        let name = format!("checkpoint_store_{:016x}", RandomState::new().hash_one(sql));
         client.batch_execute(&format!(
             "PREPARE {name} (pg_catalog.text, pg_catalog.int8) AS {sql}"
         ))?;
-        self.names.insert(sql, name);
+        self.names.insert(sql.clone(), name);
         Ok(())
     }
 
     /// The text that runs the statement with these expressions as its parameters.
     pub(crate) fn text(cache: Option<&Self>, template: &Template, parameters: [&str; 2]) -> String {
-        match cache.and_then(|cache| cache.names.get(&template.with(["$1", "$2"]))) {
+        match cache.and_then(|cache| cache.names.get(&template.sql)) {
             Some(name) => format!("EXECUTE {name} ({});", parameters.join(", ")),
             None => template.with(parameters),
         }

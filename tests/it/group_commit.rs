@@ -71,10 +71,8 @@ fn calls_that_wait_at_the_same_time_share_round_trips() {
             .connect(&proxy.params())
             .unwrap();
         let names: Vec<_> = (0..THREADS).map(|thread| format!("{prepared} {thread}")).collect();
-        for name in &names {
-            store.save(name, 1).unwrap();
-        }
-        let round_trips = proxy.round_trips(|| {
+        let calls = (THREADS * ROUNDS * 2) as usize;
+        let work = || {
             in_threads(|thread| {
                 let name = &names[thread as usize];
                 for from in (1..).step_by(2).take(ROUNDS as usize) {
@@ -82,10 +80,20 @@ fn calls_that_wait_at_the_same_time_share_round_trips() {
                     store.save(name, from + 2).unwrap();
                 }
             });
-        });
-        let calls = (THREADS * ROUNDS * 2) as usize;
-        println!("{calls} calls in {round_trips} round trips");
-        assert!(round_trips < calls / 2, "{round_trips} round trips for {calls} calls");
+        };
+        // On a busy machine fewer calls come at the same time, so it has a few trials.
+        let mut trials = Vec::new();
+        while trials.len() < 5 && trials.last().is_none_or(|trips| *trips >= calls / 4) {
+            for name in &names {
+                store.save(name, 1).unwrap();
+            }
+            trials.push(proxy.round_trips(work));
+        }
+        println!("{calls} calls in {trials:?} round trips");
+        assert!(
+            trials.last().is_some_and(|trips| *trips < calls / 4),
+            "{trials:?} for {calls} calls"
+        );
         for name in &names {
             assert_eq!(schema.store.get(name).unwrap(), i64::from(ROUNDS * 2 + 1));
         }

@@ -186,7 +186,7 @@ fn each_call_beside_a_frozen_server_is_told_within_a_second() {
             let store = if kind == "caller's pool" { callers } else { builders };
             store.migrate().unwrap();
             if is_empty {
-                lose_the_only_connection(&store);
+                harness::lose_the_only_connection(&store);
             }
             trials.push((format!("{operation}, {kind}"), call, log, store));
         }
@@ -210,14 +210,6 @@ fn each_call_beside_a_frozen_server_is_told_within_a_second() {
     });
 }
 
-fn lose_the_only_connection(store: &PostgresCheckpointStore) {
-    let mut client = store.connection().unwrap();
-    client.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").unwrap_err();
-    wait_until("the client knows of it", || {
-        client.batch_execute("").is_err() && client.is_closed()
-    });
-}
-
 fn wait_for(store: &PostgresCheckpointStore) -> Result<()> {
     store.wait_for("orders", 1_000, Duration::from_secs(10)).map(drop)
 }
@@ -233,7 +225,7 @@ fn callers_that_wait_for_a_frozen_server_behind_each_other_are_told_too() {
         .connect(&format!("{} connect_timeout=15", server.params()))
         .unwrap();
     store.migrate().unwrap();
-    lose_the_only_connection(&store);
+    harness::lose_the_only_connection(&store);
     let frozen = Frozen::freeze(&server);
     let began = Instant::now();
     thread::scope(|scope| {

@@ -134,6 +134,15 @@ pub(crate) fn end_backend(admin: &mut Client, pid: i32) {
     });
 }
 
+/// Ends the session of the connection that the store lends next, and lets its client learn of it.
+pub(crate) fn lose_the_only_connection(store: &PostgresCheckpointStore) {
+    let mut client = store.connection().expect("a connection");
+    client.batch_execute("SELECT pg_terminate_backend(pg_backend_pid())").unwrap_err();
+    wait_until("the client knows of it", || {
+        client.batch_execute("").is_err() && client.is_closed()
+    });
+}
+
 /// Waits until something holds, and fails loudly when it never does.
 pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);
