@@ -18,7 +18,7 @@ use super::params;
 use super::prepared::refuse_shared_sessions;
 use super::queries::Queries;
 use super::retry::{Observer, Retry, deadline_after};
-use super::targets::ServerName;
+use super::targets::server_name;
 use super::{PostgresCheckpointStore, Shared};
 use crate::{Error, Result};
 
@@ -459,8 +459,9 @@ impl PostgresCheckpointStoreBuilder {
             return Err(Error::backend("connect", reason));
         }
         let timeout = self.connection_timeout.unwrap_or(DEFAULT_TIMEOUT);
-        let server = ServerName::of(&config);
-        let connector = Connector::new(config, tls, self.password_provider.clone());
+        let server = server_name(&config);
+        let log_in = move |config: &Config| config.connect(tls.clone());
+        let connector = Connector::new(config, self.password_provider.clone(), log_in);
         let deadline = deadline_after(timeout);
         let mut first = connector
             .connect(deadline, &mut drop)

@@ -11,7 +11,7 @@ use postgres::{Client, Row};
 use super::errors::{ErrorClass, Outcome};
 use super::pool::{Loan, Peer, Pool};
 use super::prepared::name_the_pooler;
-use super::retry::NOTICE_AFTER;
+use super::retry::{Call, NOTICE_AFTER};
 use super::session::{DirectSession, Parameters, Query, Session, StatementCache, is_stale};
 
 /// A connection that was used less than this time ago is used without a test.
@@ -19,6 +19,9 @@ pub(crate) const TRUSTED: Duration = Duration::from_secs(1);
 /// The same before a write that is repeated only if the row shows that this undoes nothing: what is lost
 /// before anything was sent needs no proof.
 pub(crate) const TRUSTED_BEFORE_A_WRITE: Duration = Duration::from_millis(25);
+/// How long a suspect connection may take to answer its test, and for how long it is asked at least.
+const LONGEST_TEST: Duration = Duration::from_secs(2);
+const SHORTEST_TEST: Duration = Duration::from_millis(200);
 
 /// A connection of the store's pool; made by
 /// [`connection`](super::PostgresCheckpointStore::connection). It is a [`postgres::Client`], and goes
@@ -50,10 +53,7 @@ pub struct PooledClient {
     _pool: Arc<Pool>,
 }
 
-/// What the store knows of a connection; kept with it.
-#[derive(Clone, Copy, Default)]
-struct Usage(Option<Times>);
-
+/// What the store knows of a connection that it has used; kept with it.
 #[derive(Clone, Copy)]
 struct Times {
     /// When it was last taken, and has answered since.
@@ -134,12 +134,48 @@ impl PooledClient {
         kept.get_mut().unwrap_or_else(|| unreachable!("it was inserted just now"))
     }
 
+    fn times(&mut self) -> Option<Times> {
+        *self.kept()
+    }
+
+    /// The connection, if it can be trusted or passes its test; `None` if it was discarded.
+    pub(crate) fn tested(
+        mut self,
+        trusted: Duration,
+        call: &mut Call<'_>,
+    ) -> crate::Result<Option<Self>> {
+        if !self.is_suspect(trusted) {
+            return Ok(Some(self));
+        }
+        if self.is_presumed_dead() {
+            self.discard(Peer::Unresponsive);
+            return Ok(None);
+        }
+        // Half of the time is left to make a connection in its place.
+        let limit = (call.left() / 2).clamp(SHORTEST_TEST, LONGEST_TEST);
+        match self.test(limit, |cause| call.observe(call.no_connection(cause))) {
+            Ok(true) => {
+                self.mark_tested();
+                return Ok(Some(self));
+            }
+            Ok(false) => self.discard(Peer::Responsive),
+            Err(cause) => {
+                self.discard(Peer::Unresponsive);
+                if call.left().is_zero() {
+                    let error = call.no_connection(cause);
+                    return Err(call.last_without_a_connection(error));
+                }
+            }
+        }
+        Ok(None)
+    }
+
     /// Whether it may be lost, or lead to a server that has become read-only. To find that out before
     /// anything is sent costs a round trip; afterwards it may be unknown whether a write was executed.
-    pub(crate) fn is_suspect(&mut self, trusted: Duration) -> bool {
-        let (Usage(times), taken) = (*self.kept(), self.taken);
+    fn is_suspect(&mut self, trusted: Duration) -> bool {
+        let taken = self.taken;
         self.may_be_read_only()
-            || times.is_none_or(|Times { last_used, .. }| {
+            || self.times().is_none_or(|Times { last_used, .. }| {
                 taken.saturating_duration_since(last_used) >= trusted
                     || !self.history.loss.is_before(last_used)
             })
@@ -147,23 +183,19 @@ impl PooledClient {
 
     /// Whether it has been idle since before another one did not answer. Whatever dropped that one in
     /// silence, a NAT or a firewall, has dropped this one too, and a test would take its whole time.
-    pub(crate) fn is_presumed_dead(&mut self) -> bool {
-        let Usage(times) = *self.kept();
-        times.is_some_and(|times| !self.history.unanswered.is_before(times.last_used))
+    fn is_presumed_dead(&mut self) -> bool {
+        self.times().is_some_and(|times| !self.history.unanswered.is_before(times.last_used))
     }
 
     /// Whether it is from before a server was found to be read-only. One that was made since then leads
     /// to where the parameters lead now, whatever that is.
     fn may_be_read_only(&mut self) -> bool {
-        let Usage(times) = *self.kept();
-        times.is_some_and(|Times { writable_since, .. }| {
-            !self.history.read_only.is_before(writable_since)
-        })
+        self.times().is_some_and(|times| !self.history.read_only.is_before(times.writable_since))
     }
 
     /// Whether it answers within the time, and, if that is in doubt, whether its server takes writes. Only
     /// the first question has a time limit, so it comes first. `waiting` is called if that takes almost a second.
-    pub(crate) fn test(
+    fn test(
         &mut self,
         limit: Duration,
         waiting: impl FnOnce(postgres::Error),
@@ -191,15 +223,15 @@ impl PooledClient {
     /// It has answered a request that was sent after it was taken.
     pub(crate) fn mark_used(&mut self) {
         let taken = self.taken;
-        let Usage(times) = self.kept();
-        times.get_or_insert(Times { last_used: taken, writable_since: taken }).last_used = taken;
+        let new = Times { last_used: taken, writable_since: taken };
+        self.kept::<Option<Times>>().get_or_insert(new).last_used = taken;
     }
 
     /// It was made or tested just now.
     pub(crate) fn mark_tested(&mut self) {
         let now = Instant::now();
         self.taken = now;
-        *self.kept() = Usage(Some(Times { last_used: now, writable_since: now }));
+        *self.kept() = Some(Times { last_used: now, writable_since: now });
     }
 
     /// Gives the connection back, or discards it if the error has made it useless.

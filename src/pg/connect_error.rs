@@ -48,9 +48,9 @@ pub(crate) enum Failure {
 impl ConnectError {
     pub(crate) fn new(failures: Vec<(String, Failure)>) -> Self {
         let each = (failures.len() > 1).then(|| {
-            let told =
-                |(name, failure): &(String, Failure)| format!("{name}: {}", failure.reason());
-            failures.iter().map(told).collect::<Vec<_>>().join("; ")
+            let reasons =
+                failures.iter().map(|(name, failure)| format!("{name}: {}", failure.reason()));
+            reasons.collect::<Vec<_>>().join("; ")
         });
         let decisive = failures.into_iter().map(|(_, failure)| failure).rev();
         let decisive = decisive.max_by_key(Failure::weight);
@@ -102,8 +102,7 @@ impl Failure {
     fn is_refusal(&self) -> bool {
         match self {
             Self::Login(error) => is_refused(error),
-            Self::Parameters(_) => true,
-            _ => false,
+            other => matches!(other, Self::Parameters(_)),
         }
     }
 
@@ -117,10 +116,7 @@ impl Failure {
     /// All that is known, in one line.
     fn reason(&self) -> String {
         let first: &dyn StdError = match self {
-            Self::Login(error) => match error.as_db_error() {
-                Some(told) => told,
-                None => error,
-            },
+            Self::Login(error) => error.as_db_error().map_or(error, |told| told),
             other => other,
         };
         let causes = iter::successors(Some(first), |&cause| cause.source());
@@ -128,12 +124,9 @@ impl Failure {
     }
 }
 
-/// Why no connection can be made, for all the calls that wait for one.
-pub(crate) type Outage = dyn StdError + Send + Sync;
-
 /// No connection could be made. Calls that wait for one share the cause.
-#[derive(Debug)]
-pub(crate) struct NoConnection(pub(crate) Arc<Outage>);
+#[derive(Debug, Clone)]
+pub(crate) struct NoConnection(pub(crate) Arc<dyn StdError + Send + Sync>);
 
 impl fmt::Display for NoConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

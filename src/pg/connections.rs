@@ -1,7 +1,7 @@
 //! The one loop in which every operation runs: take a connection that works, run the statement, and decide
 //! whether a failure is followed by another attempt.
 
-use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -12,12 +12,12 @@ use r2d2::ManageConnection;
 use super::client::{History, PooledClient, TRUSTED, TRUSTED_BEFORE_A_WRITE};
 use super::close::close;
 use super::connect::Connector;
-use super::connect_error::{AllInUse, ConnectError, NoConnection, Outage, no_connection};
-use super::errors::{Cause, ErrorClass, Outcome, failure, names_its_cause};
-use super::logins::Logins;
-use super::pool::{Loan, Peer, Pool};
-use super::prepared::SharedSession;
-use super::retry::{Next, Observer, Retries, deadline_after};
+use super::connect_error::{AllInUse, ConnectError, NoConnection};
+use super::errors::{Cause, ErrorClass, Outcome, names_its_cause};
+use super::pool::{Loan, NoThread, Pool};
+use super::prepared::{SharedSession, is_shared};
+use super::queries::Subject;
+use super::retry::{Call, Next, Observer, deadline_after};
 use crate::Result;
 
 /// How long an operation waits and retries, unless the builder is given another time.
@@ -25,22 +25,21 @@ pub(crate) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long to wait before the pool is asked again: r2d2 wakes no waiting call when a broken connection
 /// leaves room for a new one.
 const ROUND: Duration = Duration::from_secs(1);
-/// How long a suspect connection may take to answer its test, and for how long it is asked at least.
-const LONGEST_TEST: Duration = Duration::from_secs(2);
-const SHORTEST_TEST: Duration = Duration::from_millis(200);
 
 /// The connections of one store and all its clones.
 pub(crate) struct Connections {
     pool: Arc<Pool>,
-    timeout: Duration,
+    pub(crate) timeout: Duration,
     /// Whether statements are prepared and kept with the connections.
     prepares: bool,
     observer: Option<Arc<Observer>>,
     history: Arc<History>,
-    /// Why no connection could be made last, until one can: for the calls that wait for one meanwhile.
-    outage: Mutex<Option<Arc<Outage>>>,
     /// `None` where the manager of the caller's pool makes the connections.
-    logins: Option<Logins>,
+    connector: Option<Arc<Connector>>,
+    /// Whether a new connection came upon the prepared statements of another.
+    found_shared_session: AtomicBool,
+    /// Why no connection could be made last, until one can: for the calls that wait for one meanwhile.
+    outage: Mutex<Option<NoConnection>>,
 }
 
 /// What a statement may do after it was lost with its connection.
@@ -57,35 +56,20 @@ pub(crate) enum AfterLoss {
 impl Connections {
     /// A pool of the builder's, with a first connection in it.
     pub(crate) fn open(
-        connector: Connector,
+        connector: Arc<Connector>,
         first: Client,
         size: u32,
         timeout: Duration,
         prepares: bool,
     ) -> Outcome<Self> {
-        /// A slot is there as soon as a thread of r2d2 has run.
-        const TIME_FOR_A_SLOT: Duration = Duration::from_secs(1);
-        let pool = match Pool::with_slots(size) {
-            Ok(pool) => pool,
-            Err(error) => {
-                close(first);
-                return Err(error.into());
-            }
+        let Ok(pool) = Pool::with_slots(size) else {
+            close(first);
+            return Err(NoThread.into());
         };
-        let connections = Self {
-            pool: Arc::new(pool),
-            timeout,
-            prepares,
-            observer: None,
-            history: Arc::default(),
-            outage: Mutex::default(),
-            logins: Some(Logins::new(connector, prepares)),
-        };
-        match connections.pool.take(TIME_FOR_A_SLOT) {
-            Ok(mut slot) => {
-                slot.fill(first);
-                connections.lend(slot).mark_tested();
-            }
+        let connections = Self::new(pool, Some(connector), timeout, prepares);
+        // A slot is there as soon as a thread of r2d2 has run.
+        match connections.pool.take(Duration::from_secs(1)) {
+            Ok(slot) => drop(connections.fill(slot, first)),
             Err(_) => close(first),
         }
         Ok(connections)
@@ -96,20 +80,30 @@ impl Connections {
     where
         M: ManageConnection<Connection = Client>,
     {
+        let timeout = timeout.unwrap_or_else(|| pool.connection_timeout());
+        Self::new(Pool::of_the_caller(pool), None, timeout, prepares)
+    }
+
+    fn new(
+        pool: Pool,
+        connector: Option<Arc<Connector>>,
+        timeout: Duration,
+        prepares: bool,
+    ) -> Self {
         Self {
-            timeout: timeout.unwrap_or_else(|| pool.connection_timeout()),
-            pool: Arc::new(Pool::of_the_caller(pool)),
+            pool: Arc::new(pool),
+            timeout,
             prepares,
             observer: None,
             history: Arc::default(),
+            connector,
+            found_shared_session: AtomicBool::new(false),
             outage: Mutex::default(),
-            logins: None,
         }
     }
 
-    pub(crate) fn observed_by(mut self, observer: Option<Arc<Observer>>) -> Self {
-        self.observer = observer;
-        self
+    pub(crate) fn observed_by(self, observer: Option<Arc<Observer>>) -> Self {
+        Self { observer, ..self }
     }
 
     pub(crate) fn state(&self) -> r2d2::State {
@@ -121,52 +115,36 @@ impl Connections {
         self.history.note(class);
     }
 
-    /// The deadline of a call that begins now.
-    pub(crate) fn deadline(&self) -> Instant {
-        deadline_after(self.timeout)
-    }
-
-    /// The attempts of a call that begins now.
-    pub(crate) fn call(&self) -> Retries<'_> {
-        self.call_until(self.deadline())
-    }
-
-    pub(crate) fn call_until(&self, deadline: Instant) -> Retries<'_> {
-        Retries::until(deadline, self.observer.as_deref())
+    /// A call that begins now.
+    pub(crate) fn call<'a>(&'a self, operation: &'static str, subject: Subject<'a>) -> Call<'a> {
+        let deadline = deadline_after(self.timeout);
+        Call::new(operation, subject, deadline, self.observer.as_deref())
     }
 
     /// Tells the observer of a call that waits for others why they wait, if no connection can be made.
-    pub(crate) fn observe_outage(
-        &self,
-        operation: &'static str,
-        subject: impl fmt::Display,
-        retries: &mut Retries<'_>,
-    ) {
+    pub(crate) fn observe_outage(&self, call: &mut Call<'_>) {
         let outage = self.outage().clone();
         if let Some(cause) = outage {
-            retries.observe(no_connection(operation, subject, NoConnection(cause)));
+            call.observe(call.no_connection(cause));
         }
     }
 
-    /// Runs a statement until it is executed or refused, or the time is over. `lost` is when an earlier
-    /// attempt began that may have been executed; the statement is told.
+    /// Runs a statement until it is executed or refused, or the time is over. The statement is told when an
+    /// earlier attempt began that may have been executed.
     pub(crate) fn run<T>(
         &self,
-        operation: &'static str,
-        subject: impl fmt::Display,
-        retries: &mut Retries<'_>,
+        call: &mut Call<'_>,
         after_loss: AfterLoss,
-        mut lost: Option<Instant>,
         mut statement: impl FnMut(&mut PooledClient, Option<Instant>) -> Outcome<T>,
     ) -> Result<T> {
+        let trusted = match after_loss {
+            AfterLoss::RepeatIfUnwritten => TRUSTED_BEFORE_A_WRITE,
+            AfterLoss::Repeat | AfterLoss::Fail => TRUSTED,
+        };
         loop {
-            let trusted = match after_loss {
-                AfterLoss::RepeatIfUnwritten => TRUSTED_BEFORE_A_WRITE,
-                AfterLoss::Repeat | AfterLoss::Fail => TRUSTED,
-            };
-            let mut client = self.client_trusted_for(trusted, operation, &subject, retries)?;
+            let mut client = self.client_trusted_for(trusted, call)?;
             let taken = client.taken();
-            let cause = match statement(&mut client, lost) {
+            let cause = match statement(&mut client, call.lost) {
                 Ok(answer) => {
                     client.mark_used();
                     return Ok(answer);
@@ -174,155 +152,130 @@ impl Connections {
                 Err(cause) => cause,
             };
             let class = client.check_in_after(cause.as_ref());
-            let mut error = failure(operation, &subject, cause);
-            if lost.is_some() {
+            let mut error = call.failure(cause);
+            if call.lost.is_some() {
                 error = error.with_unknown_outcome();
             }
-            if class == ErrorClass::ConnectionLost {
-                lost.get_or_insert(taken);
+            if class == ErrorClass::ConnectionLost && after_loss == AfterLoss::RepeatIfUnwritten {
+                call.lost.get_or_insert(taken);
             }
-            thread::sleep(retries.after(error, next_after(class, after_loss))?);
+            thread::sleep(call.after(error, next_after(class, after_loss))?);
         }
     }
 
     /// Takes a connection that is known to work: a suspect one is tested, and replaced if it does not
     /// answer. A connection that fails its test is not an attempt of the call.
-    pub(crate) fn client(
-        &self,
-        operation: &'static str,
-        subject: impl fmt::Display,
-        retries: &mut Retries<'_>,
-    ) -> Result<PooledClient> {
-        self.client_trusted_for(TRUSTED, operation, subject, retries)
+    pub(crate) fn client(&self, call: &mut Call<'_>) -> Result<PooledClient> {
+        self.client_trusted_for(TRUSTED, call)
     }
 
-    fn client_trusted_for(
-        &self,
-        trusted: Duration,
-        operation: &'static str,
-        subject: impl fmt::Display,
-        retries: &mut Retries<'_>,
-    ) -> Result<PooledClient> {
+    fn client_trusted_for(&self, trusted: Duration, call: &mut Call<'_>) -> Result<PooledClient> {
         loop {
-            if self.logins.as_ref().is_some_and(Logins::found_shared_session) {
-                return Err(failure(operation, subject, SharedSession { cause: None }));
-            }
-            let left = retries.left();
-            let mut loan = match self.pool.take(left.min(ROUND)) {
-                Ok(loan) => {
-                    if self.logins.is_none() {
-                        *self.outage() = None;
-                    }
-                    loan
-                }
+            let left = call.left();
+            let loan = match self.pool.take(left.min(ROUND)) {
+                Ok(loan) => loan,
                 Err(timeout) => {
                     let (cause, is_failure) = self.why_there_is_none(timeout);
-                    let error = no_connection(operation, &subject, cause);
+                    let error = call.no_connection(cause);
                     if left <= ROUND {
-                        return Err(retries.last_without_a_connection(error));
+                        return Err(call.last_without_a_connection(error));
                     }
                     if is_failure {
-                        retries.observe(error);
+                        call.observe(error);
                     }
                     continue;
                 }
             };
-            if let Some(logins) = self.logins.as_ref().filter(|_| loan.client().is_none()) {
-                let deadline = retries.deadline();
-                let mut waiting = |cause: ConnectError| {
-                    let cause = self.note_outage(cause);
-                    retries.observe(no_connection(operation, &subject, NoConnection(cause)));
-                };
-                match logins.login(deadline, &mut waiting) {
-                    Ok(client) => {
-                        *self.outage() = None;
-                        loan.fill(client);
-                    }
-                    Err(cause) => {
-                        loan.abandon();
-                        let is_hopeless = cause.is_refusal() && self.pool.state().connections == 0;
-                        let next = if is_hopeless { Next::Fail } else { Next::Reconnect };
-                        let cause = NoConnection(self.note_outage(cause));
-                        let error = no_connection(operation, &subject, cause);
-                        let pause = retries.after_no_connection(error, next)?;
-                        self.wait_for_another(pause);
-                        continue;
-                    }
+            let client = match &self.connector {
+                Some(connector) if loan.client().is_none() => {
+                    self.connect(connector, loan, call)?
                 }
-                let mut client = self.lend(loan);
-                client.mark_tested();
-                if logins.found_shared_session() {
-                    continue;
+                Some(_) => self.lend(loan).tested(trusted, call)?,
+                None => {
+                    *self.outage() = None;
+                    self.lend(loan).tested(trusted, call)?
                 }
+            };
+            if self.found_shared_session.load(Ordering::Relaxed) {
+                return Err(call.failure(SharedSession { cause: None }));
+            }
+            if let Some(client) = client {
                 return Ok(client);
-            }
-            let mut client = self.lend(loan);
-            if !client.is_suspect(trusted) {
-                return Ok(client);
-            }
-            if client.is_presumed_dead() {
-                client.discard(Peer::Unresponsive);
-                continue;
-            }
-            // Half of the time is left to make a connection in its place.
-            let limit = (left / 2).clamp(SHORTEST_TEST, LONGEST_TEST);
-            let waiting = |cause| retries.observe(no_connection(operation, &subject, cause));
-            match client.test(limit, waiting) {
-                Ok(true) => {
-                    client.mark_tested();
-                    return Ok(client);
-                }
-                Ok(false) => client.discard(Peer::Responsive),
-                Err(cause) => {
-                    client.discard(Peer::Unresponsive);
-                    if retries.left().is_zero() {
-                        return Err(retries
-                            .last_without_a_connection(no_connection(operation, subject, cause)));
-                    }
-                }
             }
         }
     }
 
-    /// Waits before the next attempt to connect, but not longer than until another connection is idle: a
-    /// server may give fewer connections than the pool may have.
-    fn wait_for_another(&self, pause: Duration) {
-        const STEP: Duration = Duration::from_millis(10);
-        let end = Instant::now() + pause;
-        while self.pool.state().idle_connections == 0 {
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
+    /// Makes a connection in an empty slot. `None`: it is time for another attempt.
+    fn connect(
+        &self,
+        connector: &Arc<Connector>,
+        slot: Box<dyn Loan>,
+        call: &mut Call<'_>,
+    ) -> Result<Option<PooledClient>> {
+        let deadline = call.deadline;
+        let mut tell = |cause| call.observe(call.no_connection(self.note_outage(cause)));
+        match connector.connect(deadline, &mut tell).and_then(|client| self.inspect(client)) {
+            Ok(client) => {
+                *self.outage() = None;
+                Ok(Some(self.fill(slot, client)))
             }
-            thread::sleep(left.min(STEP));
+            Err(cause) => {
+                slot.abandon();
+                let is_hopeless = cause.is_refusal() && self.pool.state().connections == 0;
+                let next = if is_hopeless { Next::Fail } else { Next::Reconnect };
+                let error = call.no_connection(self.note_outage(cause));
+                self.pool.wait_for_an_idle_one(call.after_no_connection(error, next)?);
+                Ok(None)
+            }
         }
+    }
+
+    /// Looks for the prepared statements of others on a new connection.
+    fn inspect(&self, mut client: Client) -> std::result::Result<Client, ConnectError> {
+        if self.prepares {
+            match is_shared(&mut client) {
+                Ok(is_shared) => self.found_shared_session.fetch_or(is_shared, Ordering::Relaxed),
+                Err(error) => {
+                    close(client);
+                    return Err(error.into());
+                }
+            };
+        }
+        Ok(client)
+    }
+
+    fn fill(&self, mut slot: Box<dyn Loan>, client: Client) -> PooledClient {
+        slot.fill(client);
+        let mut client = self.lend(slot);
+        client.mark_tested();
+        client
     }
 
     fn lend(&self, loan: Box<dyn Loan>) -> PooledClient {
         PooledClient::new(loan, self.prepares, &self.history, &self.pool)
     }
 
-    fn outage(&self) -> MutexGuard<'_, Option<Arc<Outage>>> {
+    fn outage(&self) -> MutexGuard<'_, Option<NoConnection>> {
         self.outage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note_outage(&self, cause: impl std::error::Error + Send + Sync + 'static) -> Arc<Outage> {
-        let cause: Arc<Outage> = Arc::new(cause);
-        *self.outage() = Some(Arc::clone(&cause));
+    fn note_outage(&self, cause: impl Into<Cause>) -> NoConnection {
+        let cause = NoConnection(cause.into().into());
+        *self.outage() = Some(cause.clone());
         cause
     }
 
     /// Why a call gets no connection, and whether that is because none can be made.
     fn why_there_is_none(&self, timeout: r2d2::Error) -> (Cause, bool) {
-        let size = self.pool.max_size();
+        let size = self.pool.max_size;
         if self.pool.state().connections == size {
             return (AllInUse(size).into(), false);
         }
         let outage = self.outage().clone();
         match outage.filter(|_| !names_its_cause(&timeout)) {
-            Some(cause) => (NoConnection(cause).into(), true),
-            None if self.logins.is_some() => (AllInUse(size).into(), false),
-            None => (NoConnection(self.note_outage(timeout)).into(), true),
+            Some(cause) => (cause.into(), true),
+            None if self.connector.is_some() => (AllInUse(size).into(), false),
+            None => (self.note_outage(timeout).into(), true),
         }
     }
 }

@@ -15,26 +15,15 @@ use super::close::close;
 
 /// A slot of the pool, with or without a connection.
 pub(crate) struct Slot {
-    client: Option<Client>,
+    pub(crate) client: Option<Client>,
     /// How many slots of the pool are without one.
     empty: Arc<AtomicU32>,
-    is_abandoned: bool,
+    /// Has the pool forget the slot: after a failed attempt to connect the next call is to get an idle
+    /// connection rather than this.
+    pub(crate) is_abandoned: bool,
 }
 
 impl Slot {
-    fn new(empty: &Arc<AtomicU32>) -> Self {
-        empty.fetch_add(1, Ordering::Relaxed);
-        Self { client: None, empty: Arc::clone(empty), is_abandoned: false }
-    }
-
-    pub(crate) fn client(&self) -> Option<&Client> {
-        self.client.as_ref()
-    }
-
-    pub(crate) fn client_mut(&mut self) -> Option<&mut Client> {
-        self.client.as_mut()
-    }
-
     pub(crate) fn fill(&mut self, client: Client) {
         self.clear();
         self.client = Some(client);
@@ -47,12 +36,6 @@ impl Slot {
             self.empty.fetch_add(1, Ordering::Relaxed);
             close(client);
         }
-    }
-
-    /// Has the pool forget the slot: after a failed attempt to connect the next call is to get an idle
-    /// connection rather than this.
-    pub(crate) fn abandon(&mut self) {
-        self.is_abandoned = true;
     }
 }
 
@@ -74,7 +57,8 @@ impl ManageConnection for SlotManager {
     type Error = Infallible;
 
     fn connect(&self) -> Result<Slot, Infallible> {
-        Ok(Slot::new(&self.empty))
+        self.empty.fetch_add(1, Ordering::Relaxed);
+        Ok(Slot { client: None, empty: Arc::clone(&self.empty), is_abandoned: false })
     }
 
     /// Never asked: connections are tested by the call that takes them.
@@ -84,7 +68,7 @@ impl ManageConnection for SlotManager {
 
     /// Asked when a slot comes back.
     fn has_broken(&self, slot: &mut Slot) -> bool {
-        if slot.client().is_some_and(Client::is_closed) {
+        if slot.client.as_ref().is_some_and(Client::is_closed) {
             slot.clear();
         }
         slot.is_abandoned

@@ -25,7 +25,6 @@ mod connections;
 mod errors;
 mod group;
 mod identifier;
-mod logins;
 mod manager;
 mod migrate;
 mod params;
@@ -60,12 +59,11 @@ pub use self::transaction::InTransaction;
 
 use self::connect_error::no_connection;
 use self::connections::{AfterLoss, Connections};
-use self::errors::Outcome;
 use self::group::{Executed, Group, GroupError, Write};
 use self::identifier::Table;
 use self::migrate::{Migration, migrate};
-use self::queries::Queries;
-use self::retry::{Retries, deadline_after};
+use self::queries::{Queries, Subject};
+use self::retry::{Call, deadline_after};
 use crate::store::poll;
 use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
@@ -261,9 +259,10 @@ impl PostgresCheckpointStore {
     /// # Ok::<(), checkpoint_store::Error>(())
     /// ```
     pub fn migrate(&self) -> Result<()> {
-        let Shared { queries, updated_at_index, .. } = &*self.shared;
-        let (table, subject) = (&queries.table, queries.about_all());
-        let migration = self.run("migrate", subject, AfterLoss::Repeat, |client, _| {
+        let Shared { queries, connections, updated_at_index, .. } = &*self.shared;
+        let table = &queries.table;
+        let mut call = connections.call("migrate", queries.about_all());
+        let migration = connections.run(&mut call, AfterLoss::Repeat, |client, _| {
             migrate(client, table, *updated_at_index)
         })?;
         match migration {
@@ -320,7 +319,7 @@ impl PostgresCheckpointStore {
     /// ```
     pub fn connection(&self) -> Result<PooledClient> {
         let connections = &self.shared.connections;
-        connections.client("connection", "the store's pool", &mut connections.call())
+        connections.client(&mut connections.call("connection", Subject::Pool))
     }
 
     /// Returns how many connections the pool has, and how many of them are idle.
@@ -344,74 +343,52 @@ impl PostgresCheckpointStore {
         &self,
         operation: &'static str,
         (projection, from, to): (&str, Option<i64>, i64),
-        alone: impl FnOnce(&mut Retries<'_>, Option<Instant>) -> Result<()>,
+        alone: impl FnOnce(&mut Call<'_>) -> Result<()>,
     ) -> Result<()> {
+        self.refuse_inside_the_closure(operation)?;
         let Shared { queries, connections, group, .. } = &*self.shared;
-        let mut call = connections.call();
-        let Some(group) = group else { return alone(&mut call, None) };
-        let (began, deadline, call) = (Instant::now(), call.deadline(), RefCell::new(call));
         let subject = queries.about(projection);
+        let mut call = connections.call(operation, subject);
+        let Some(group) = group else { return alone(&mut call) };
+        let (began, deadline, call) = (Instant::now(), call.deadline, RefCell::new(call));
         let together = |writes: &[&Write]| {
-            let subject = queries.about_so_many(writes.len());
+            let call = &mut *call.borrow_mut();
+            (call.operation, call.subject) = ("group commit", queries.about_many(writes.len()));
             let mut is_sent = false;
-            connections
-                .run(
-                    "group commit",
-                    subject,
-                    &mut call.borrow_mut(),
-                    AfterLoss::Fail,
-                    None,
-                    |client, _| {
-                        is_sent = true;
-                        queries.write_together(client, writes)
-                    },
-                )
-                .map_err(|error| match error {
-                    Error::Unavailable { .. } if is_sent => GroupError::Lost(error),
-                    Error::Unavailable { .. } => GroupError::NotSent(error),
-                    _ => GroupError::Refused,
-                })
+            let stored = connections.run(call, AfterLoss::Fail, |client, _| {
+                is_sent = true;
+                queries.write_together(client, writes)
+            });
+            (call.operation, call.subject) = (operation, subject);
+            stored.map_err(|error| match error {
+                Error::Unavailable { .. } if is_sent => GroupError::Lost(error),
+                Error::Unavailable { .. } => GroupError::NotSent(error),
+                _ => GroupError::Refused,
+            })
         };
         group.write(
             Write { projection: projection.to_owned(), from, to },
             deadline,
             together,
             |executed| {
-                let lost = (executed == Executed::Unknown).then_some(began);
-                alone(&mut call.borrow_mut(), lost)
+                let call = &mut *call.borrow_mut();
+                call.lost = (executed == Executed::Unknown).then_some(began);
+                alone(call)
             },
-            || connections.observe_outage(operation, subject, &mut call.borrow_mut()),
+            || connections.observe_outage(&mut call.borrow_mut()),
             |cause| no_connection(operation, subject, cause),
         )
     }
 
-    fn run<T>(
-        &self,
-        operation: &'static str,
-        subject: impl fmt::Display,
-        after_loss: AfterLoss,
-        statement: impl FnMut(&mut PooledClient, Option<Instant>) -> Outcome<T>,
-    ) -> Result<T> {
-        let connections = &self.shared.connections;
-        connections.run(operation, subject, &mut self.call(), after_loss, None, statement)
-    }
-
-    fn read(
-        &self,
-        operation: &'static str,
-        projection: &str,
-        call: &mut Retries<'_>,
-    ) -> Result<Option<Checkpoint>> {
+    fn read(&self, projection: &str, call: &mut Call<'_>) -> Result<Option<Checkpoint>> {
         validate_projection(projection)?;
         let Shared { queries, connections, .. } = &*self.shared;
-        let subject = queries.about(projection);
-        connections.run(operation, subject, call, AfterLoss::Repeat, None, |client, _| {
-            queries.find(client, projection)
-        })
+        connections.run(call, AfterLoss::Repeat, |client, _| queries.find(client, projection))
     }
 
-    fn call(&self) -> Retries<'_> {
-        self.shared.connections.call()
+    fn call<'a>(&'a self, operation: &'static str, projection: &'a str) -> Call<'a> {
+        let Shared { queries, connections, .. } = &*self.shared;
+        connections.call(operation, queries.about(projection))
     }
 
     /// What tells stores apart, and not the handles on one.
@@ -435,62 +412,51 @@ impl RefUnwindSafe for PostgresCheckpointStore {}
 
 impl CheckpointStore for PostgresCheckpointStore {
     fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
-        self.read("find", projection, &mut self.call())
+        self.read(projection, &mut self.call("find", projection))
     }
 
     fn all(&self) -> Result<Vec<Checkpoint>> {
-        let queries = &self.shared.queries;
-        self.run("all", queries.about_all(), AfterLoss::Repeat, |client, _| queries.all(client))
+        let Shared { queries, connections, .. } = &*self.shared;
+        let mut call = connections.call("all", queries.about_all());
+        connections.run(&mut call, AfterLoss::Repeat, |client, _| queries.all(client))
     }
 
     fn save(&self, projection: &str, offset: i64) -> Result<()> {
         validate_projection(projection)?;
         validate_offset(offset)?;
-        self.refuse_inside_the_closure("save")?;
         let Shared { queries, connections, .. } = &*self.shared;
-        self.write("save", (projection, None, offset), |call, lost| {
-            let subject = queries.about(projection);
-            connections.run(
-                "save",
-                subject,
-                call,
-                AfterLoss::RepeatIfUnwritten,
-                lost,
-                |client, lost| match lost {
-                    None => queries.save(client, projection, offset),
-                    Some(lost) => queries.save_again(client, &[(projection, offset)], lost),
-                },
-            )
+        self.write("save", (projection, None, offset), |call| {
+            connections.run(call, AfterLoss::RepeatIfUnwritten, |client, lost| match lost {
+                None => queries.save(client, projection, offset),
+                Some(lost) => queries.save_again(client, &[(projection, offset)], lost),
+            })
         })
     }
 
     fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
         validate_advance(projection, from, to)?;
-        self.refuse_inside_the_closure("advance")?;
         let Shared { queries, connections, .. } = &*self.shared;
-        self.write("advance", (projection, Some(from), to), |call, _| {
-            let subject = queries.about(projection);
-            connections
-                .run("advance", subject, call, AfterLoss::Fail, None, |client, _| {
-                    queries.advance(client, projection, from, to)
-                })?
-                .or_conflict(projection, from)
+        self.write("advance", (projection, Some(from), to), |call| {
+            let advance = connections.run(call, AfterLoss::Fail, |client, _| {
+                queries.advance(client, projection, from, to)
+            })?;
+            advance.or_conflict(projection, from)
         })
     }
 
     fn delete(&self, projection: &str) -> Result<bool> {
         validate_projection(projection)?;
         self.refuse_inside_the_closure("delete")?;
-        let queries = &self.shared.queries;
-        let subject = queries.about(projection);
-        self.run("delete", subject, AfterLoss::RepeatIfUnwritten, |client, lost| match lost {
+        let Shared { queries, connections, .. } = &*self.shared;
+        let mut call = self.call("delete", projection);
+        connections.run(&mut call, AfterLoss::RepeatIfUnwritten, |client, lost| match lost {
             None => queries.delete(client, projection),
             Some(lost) => queries.delete_again(client, projection, lost),
         })
     }
 
     fn get(&self, projection: &str) -> Result<i64> {
-        let found = self.read("get", projection, &mut self.call())?;
+        let found = self.read(projection, &mut self.call("get", projection))?;
         Ok(found.map_or(0, |checkpoint| checkpoint.offset))
     }
 
@@ -500,25 +466,24 @@ impl CheckpointStore for PostgresCheckpointStore {
         if checkpoints.is_empty() {
             return Ok(());
         }
-        let queries = &self.shared.queries;
-        let subject = queries.about_many(checkpoints);
-        self.run("save_many", subject, AfterLoss::RepeatIfUnwritten, |client, lost| match lost {
+        let Shared { queries, connections, .. } = &*self.shared;
+        let mut call = connections.call("save_many", queries.about_many(checkpoints.len()));
+        connections.run(&mut call, AfterLoss::RepeatIfUnwritten, |client, lost| match lost {
             None => queries.save_many(client, checkpoints),
             Some(lost) => queries.save_again(client, checkpoints, lost),
         })
     }
 
-    /// Bound by its own time-out, also while no connection can be had.
     fn wait_for(&self, projection: &str, offset: i64, timeout: Duration) -> Result<bool> {
         /// The time of a question that begins when the time-out is over.
         const LAST_QUESTION: Duration = Duration::from_millis(250);
         validate_projection(projection)?;
         validate_offset(offset)?;
         let deadline = deadline_after(timeout);
-        let mut call = self.shared.connections.call_until(deadline);
+        let mut call = self.call("wait_for", projection);
         poll(timeout, || {
-            call.extend(deadline.max(deadline_after(LAST_QUESTION)));
-            let found = self.read("wait_for", projection, &mut call)?;
+            call.deadline = deadline.max(deadline_after(LAST_QUESTION));
+            let found = self.read(projection, &mut call)?;
             Ok(found.map_or(0, |checkpoint| checkpoint.offset) >= offset)
         })
     }

@@ -1,10 +1,10 @@
 //! r2d2's pool without the type of its manager, so that the builder's pool and the caller's look the same.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use postgres::Client;
 use r2d2::{Extensions, ManageConnection, PooledConnection};
@@ -16,6 +16,7 @@ use super::manager::{Slot, SlotManager};
 pub(crate) struct Pool {
     /// `None` only while it is dropped.
     erased: Option<Box<dyn ErasedPool>>,
+    pub(crate) max_size: u32,
     /// The slots that r2d2 counts as connections and that have none.
     empty: Arc<AtomicU32>,
 }
@@ -35,14 +36,14 @@ impl Pool {
         };
         // r2d2 panics where it cannot start its threads.
         let pool = catch_unwind(AssertUnwindSafe(build)).map_err(|_| NoThread)?;
-        Ok(Self { erased: Some(Box::new(pool)), empty })
+        Ok(Self { erased: Some(Box::new(pool)), max_size: size, empty })
     }
 
     pub(crate) fn of_the_caller<M>(pool: r2d2::Pool<M>) -> Self
     where
         M: ManageConnection<Connection = Client>,
     {
-        Self { erased: Some(Box::new(pool)), empty: Arc::default() }
+        Self { max_size: pool.max_size(), erased: Some(Box::new(pool)), empty: Arc::default() }
     }
 
     fn erased(&self) -> &dyn ErasedPool {
@@ -65,8 +66,14 @@ impl Pool {
         state
     }
 
-    pub(crate) fn max_size(&self) -> u32 {
-        self.erased().max_size()
+    /// Pauses, but not longer than until a connection is idle: a server may give fewer connections than the
+    /// pool may have.
+    pub(crate) fn wait_for_an_idle_one(&self, pause: Duration) {
+        const STEP: Duration = Duration::from_millis(10);
+        let end = Instant::now() + pause;
+        while self.state().idle_connections == 0 && Instant::now() < end {
+            thread::sleep(STEP.min(pause));
+        }
     }
 }
 
@@ -86,7 +93,6 @@ pub(crate) struct NoThread;
 trait ErasedPool: Send + Sync {
     fn take(&self, timeout: Duration) -> Result<Box<dyn Loan>, r2d2::Error>;
     fn state(&self) -> r2d2::State;
-    fn max_size(&self) -> u32;
 }
 
 impl<M> ErasedPool for r2d2::Pool<M>
@@ -100,10 +106,6 @@ where
 
     fn state(&self) -> r2d2::State {
         r2d2::Pool::state(self)
-    }
-
-    fn max_size(&self) -> u32 {
-        r2d2::Pool::max_size(self)
     }
 }
 
@@ -121,21 +123,23 @@ pub(crate) trait Loan: Send + 'static {
     fn client_mut(&mut self) -> Option<&mut Client>;
     /// What is kept with the connection for as long as it lives.
     fn extensions(&mut self) -> &mut Extensions;
-    /// Puts a new connection into a slot.
-    fn fill(&mut self, client: Client);
+    /// Puts a new connection into a slot. A pool of the caller's has none that are empty.
+    fn fill(&mut self, client: Client) {
+        close(client);
+    }
     /// Keeps the connection from being lent again.
     fn discard(self: Box<Self>, peer: Peer);
     /// Gives up a slot in which no connection could be made.
-    fn abandon(self: Box<Self>);
+    fn abandon(self: Box<Self>) {}
 }
 
 impl Loan for PooledConnection<SlotManager> {
     fn client(&self) -> Option<&Client> {
-        Slot::client(self)
+        self.client.as_ref()
     }
 
     fn client_mut(&mut self) -> Option<&mut Client> {
-        Slot::client_mut(self)
+        self.client.as_mut()
     }
 
     fn extensions(&mut self) -> &mut Extensions {
@@ -152,7 +156,7 @@ impl Loan for PooledConnection<SlotManager> {
     }
 
     fn abandon(mut self: Box<Self>) {
-        Slot::abandon(&mut self);
+        self.is_abandoned = true;
     }
 }
 
@@ -174,10 +178,6 @@ where
         PooledConnection::extensions_mut(self)
     }
 
-    fn fill(&mut self, client: Client) {
-        close(client);
-    }
-
     fn discard(mut self: Box<Self>, peer: Peer) {
         *PooledConnection::extensions_mut(&mut self) = Extensions::new();
         match peer {
@@ -193,23 +193,14 @@ where
             Peer::Unresponsive => hold_back(self),
         }
     }
-
-    fn abandon(self: Box<Self>) {}
 }
 
 /// Keeps a connection of the caller's that does not answer out of the pool until it is closed, or answers
 /// after all. If no thread can be had it goes back.
-fn hold_back<M>(connection: Box<PooledConnection<M>>)
+fn hold_back<M>(mut connection: Box<PooledConnection<M>>)
 where
     M: ManageConnection<Connection = Client>,
 {
-    let held = Arc::new(Mutex::new(Some(connection)));
-    let in_thread = Arc::clone(&held);
     let waiting = thread::Builder::new().name("checkpoint-held-back".to_owned());
-    drop(waiting.spawn(move || {
-        let connection = in_thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(mut connection) = connection {
-            drop(connection.batch_execute(""));
-        }
-    }));
+    drop(waiting.spawn(move || drop(connection.batch_execute(""))));
 }

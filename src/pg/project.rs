@@ -11,7 +11,7 @@ use super::client::takes_writes;
 use super::connections::{AfterLoss, next_after};
 use super::errors::{failure, postgres_error};
 use super::prepared::name_the_pooler;
-use super::retry::Next;
+use super::retry::{Next, deadline_after};
 use super::session::{StatementCache, is_stale};
 use crate::Result;
 use crate::validate::validate_projection;
@@ -198,10 +198,10 @@ impl PostgresCheckpointStore {
             apply(tx, offset)
         };
         let mut attempt = Attempt::new(queries, projection, while_taken);
-        let mut retries = connections.call();
+        let mut call = connections.call("begin", subject);
         let (mut is_first_attempt, mut has_prepared_again) = (true, false);
         loop {
-            let mut client = connections.client("begin", subject, &mut retries)?;
+            let mut client = connections.client(&mut call)?;
             let failed = match attempt.run(&mut client, &mut apply) {
                 Ok(batch) => {
                     client.mark_used();
@@ -210,12 +210,12 @@ impl PostgresCheckpointStore {
                 Err(failed) => failed,
             };
             if attempt.in_doubt.is_none() || matches!(failed, Failed::InDoubt(_)) {
-                retries.end_of_doubt(subject);
+                call.end_of_doubt();
             }
             // However long the closure has run: the time to retry begins with the first attempt that fails.
             if is_first_attempt {
                 is_first_attempt = false;
-                retries.extend(connections.deadline());
+                call.deadline = deadline_after(connections.timeout);
             }
             // Another attempt is safe: nothing was committed, or the next one finds out under the lock.
             let (error, next) = match failed {
@@ -236,7 +236,7 @@ impl PostgresCheckpointStore {
                 Failed::InDoubt(cause) => {
                     client.check_in_after(cause.as_ref());
                     let subject = format!("{subject}, and the batch may be committed");
-                    thread::sleep(retries.after_a_doubt(failure("commit", subject, cause))?);
+                    thread::sleep(call.after_a_doubt(failure("commit", subject, cause))?);
                     continue;
                 }
                 Failed::InClosure(error) => return Err(error),
@@ -245,7 +245,7 @@ impl PostgresCheckpointStore {
                     drop(client);
                     (error, Next::Reconnect)
                 }
-                Failed::LostInClosure(error) => return Err(attempt.explain(retries.last(error))),
+                Failed::LostInClosure(error) => return Err(attempt.explain(call.last(error))),
                 Failed::RolledBackInClosure(error) => {
                     drop(client);
                     (error, Next::Repeat)
@@ -259,7 +259,7 @@ impl PostgresCheckpointStore {
                     (error, if is_its_own { Next::Fail } else { Next::Reconnect })
                 }
             };
-            thread::sleep(retries.after(error, next)?);
+            thread::sleep(call.after(error, next)?);
         }
     }
 }

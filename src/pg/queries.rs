@@ -32,18 +32,14 @@ impl Queries {
         Subject::Projection(projection, &self.table)
     }
 
+    /// The same for an operation on several.
+    pub(crate) fn about_many(&self, count: usize) -> Subject<'_> {
+        Subject::Projections(count, &self.table)
+    }
+
     /// The same for an operation on all of them.
     pub(crate) fn about_all(&self) -> Subject<'_> {
         Subject::All(&self.table)
-    }
-
-    /// The same for an operation on several.
-    pub(crate) fn about_many(&self, checkpoints: &[(&str, i64)]) -> Subject<'_> {
-        self.about_so_many(checkpoints.len())
-    }
-
-    pub(crate) fn about_so_many(&self, count: usize) -> Subject<'_> {
-        Subject::Projections(count, &self.table)
     }
 
     pub(crate) fn find(
@@ -267,6 +263,7 @@ pub(crate) enum Subject<'a> {
     Projection(&'a str, &'a Table),
     Projections(usize, &'a Table),
     All(&'a Table),
+    Pool,
 }
 
 impl fmt::Display for Subject<'_> {
@@ -275,6 +272,7 @@ impl fmt::Display for Subject<'_> {
             Self::Projection(name, table) => write!(f, "projection {name:?} in table {table}"),
             Self::Projections(count, table) => write!(f, "{count} checkpoints in table {table}"),
             Self::All(table) => write!(f, "table {table}"),
+            Self::Pool => f.write_str("the store's pool"),
         }
     }
 }

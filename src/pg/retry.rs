@@ -1,10 +1,11 @@
-//! When a failed attempt is followed by another one, when the call gives up, and what an observer learns.
+//! A call: when a failed attempt is followed by another one, when it gives up, and what an observer learns.
 
-use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
-use super::errors::is_explained;
+use super::connect_error::no_connection;
+use super::errors::{Cause, failure, is_explained};
+use super::queries::Subject;
 use crate::Error;
 
 /// A call that is about to be attempted again; see
@@ -53,10 +54,14 @@ pub(crate) enum Next {
     Repeat,
 }
 
-/// The attempts of one call.
-pub(crate) struct Retries<'a> {
+/// A call of the store: what it is about, and what its attempts have come to.
+pub(crate) struct Call<'a> {
+    pub(crate) operation: &'static str,
+    pub(crate) subject: Subject<'a>,
+    pub(crate) deadline: Instant,
+    /// When an attempt at a write began that was lost, and may have been executed.
+    pub(crate) lost: Option<Instant>,
     observer: Option<&'a Observer>,
-    deadline: Instant,
     attempt: u32,
     first_failure: Option<Instant>,
     reconnect: Backoff,
@@ -67,11 +72,19 @@ pub(crate) struct Retries<'a> {
     in_doubt: Option<Error>,
 }
 
-impl<'a> Retries<'a> {
-    pub(crate) fn until(deadline: Instant, observer: Option<&'a Observer>) -> Self {
+impl<'a> Call<'a> {
+    pub(crate) fn new(
+        operation: &'static str,
+        subject: Subject<'a>,
+        deadline: Instant,
+        observer: Option<&'a Observer>,
+    ) -> Self {
         Self {
-            observer,
+            operation,
+            subject,
             deadline,
+            lost: None,
+            observer,
             attempt: 0,
             first_failure: None,
             reconnect: Backoff::RECONNECT,
@@ -81,17 +94,18 @@ impl<'a> Retries<'a> {
         }
     }
 
-    pub(crate) fn deadline(&self) -> Instant {
-        self.deadline
-    }
-
     pub(crate) fn left(&self) -> Duration {
         self.deadline.saturating_duration_since(Instant::now())
     }
 
-    /// Moves the deadline: for a call whose time begins with its first failure.
-    pub(crate) fn extend(&mut self, deadline: Instant) {
-        self.deadline = deadline;
+    /// The error of a statement of the call.
+    pub(crate) fn failure(&self, cause: impl Into<Cause>) -> Error {
+        failure(self.operation, self.subject, cause)
+    }
+
+    /// The error of the call if there is no connection for it.
+    pub(crate) fn no_connection(&self, cause: impl Into<Cause>) -> Error {
+        no_connection(self.operation, self.subject, cause)
     }
 
     /// The pause before the next attempt, or the error that ends the call.
@@ -140,11 +154,11 @@ impl<'a> Retries<'a> {
 
     /// The COMMIT in doubt is known not to have been executed, so its error says no more than why the
     /// connection was lost.
-    pub(crate) fn end_of_doubt(&mut self, subject: impl fmt::Display) {
+    pub(crate) fn end_of_doubt(&mut self) {
         let Some(Error::Unavailable { source, transient, .. }) = self.in_doubt.take() else {
             return;
         };
-        let subject = Some(subject.to_string());
+        let subject = Some(self.subject.to_string());
         let error = Error::Unavailable { operation: "save", subject, source, transient };
         if is_explained(&error) {
             self.explained = Some(error);
@@ -154,29 +168,17 @@ impl<'a> Retries<'a> {
     /// The error of a call that ends because there is no connection. What the server has said before, or why
     /// a connection was discarded, says more.
     pub(crate) fn last_without_a_connection(&mut self, error: Error) -> Error {
-        if let Some(in_doubt) = self.in_doubt.take() {
-            return in_doubt;
-        }
-        match self.explained.take() {
-            Some(earlier) if !is_explained(&error) => earlier,
-            _ => error,
-        }
+        let earlier = self.explained.take().filter(|_| !is_explained(&error));
+        self.in_doubt.take().or(earlier).unwrap_or(error)
     }
 
     /// The error of a call that ends with this one. It says whether something was written, so that no
     /// error of another kind can take its place.
     pub(crate) fn last(&mut self, error: Error) -> Error {
-        if let Some(in_doubt) = self.in_doubt.take() {
-            return in_doubt;
-        }
-        match self.explained.take() {
-            Some(earlier @ Error::Unavailable { .. })
-                if matches!(error, Error::Unavailable { .. }) && !is_explained(&error) =>
-            {
-                earlier
-            }
-            _ => error,
-        }
+        let is_unavailable = |error: &Error| matches!(error, Error::Unavailable { .. });
+        let earlier = self.explained.take().filter(is_unavailable);
+        self.explained = earlier.filter(|_| is_unavailable(&error));
+        self.last_without_a_connection(error)
     }
 
     /// Tells the observer that another attempt follows.
@@ -233,6 +235,10 @@ mod tests {
 
     use super::*;
 
+    fn call_for(time: Duration, observer: Option<&Observer>) -> Call<'_> {
+        Call::new("save", Subject::Pool, deadline_after(time), observer)
+    }
+
     #[test]
     fn pauses_grow_up_to_the_longest_and_differ_between_callers() {
         let pauses = |mut backoff: Backoff| (0..20).map(|_| backoff.next()).collect::<Vec<_>>();
@@ -254,11 +260,11 @@ mod tests {
         let observer = |retry: &Retry<'_>| {
             TOLD.lock().expect("no panic").push((retry.attempt, retry.error.to_string()));
         };
-        let mut retries = Retries::until(deadline_after(Duration::from_secs(60)), Some(&observer));
+        let mut call = call_for(Duration::from_secs(60), Some(&observer));
         let error = |operation| Error::unavailable(operation, "closed");
-        assert!(retries.after(error("one"), Next::Reconnect).is_ok());
-        assert!(retries.after(error("two"), Next::Repeat).is_ok());
-        assert!(retries.after(error("three"), Next::Fail).is_err());
+        assert!(call.after(error("one"), Next::Reconnect).is_ok());
+        assert!(call.after(error("two"), Next::Repeat).is_ok());
+        assert!(call.after(error("three"), Next::Fail).is_err());
         let expected = [(1, error("one").to_string()), (2, error("two").to_string())];
         assert_eq!(*TOLD.lock().expect("no panic"), expected);
     }
@@ -266,10 +272,10 @@ mod tests {
     #[test]
     fn no_pause_goes_beyond_the_deadline() {
         let error = || Error::unavailable("save", "closed");
-        let mut retries = Retries::until(deadline_after(Duration::ZERO), None);
-        assert!(retries.after(error(), Next::Repeat).is_err());
-        let mut retries = Retries::until(deadline_after(Duration::from_millis(300)), None);
-        while let Ok(pause) = retries.after_no_connection(error(), Next::Reconnect) {
+        let mut call = call_for(Duration::ZERO, None);
+        assert!(call.after(error(), Next::Repeat).is_err());
+        let mut call = call_for(Duration::from_millis(300), None);
+        while let Ok(pause) = call.after_no_connection(error(), Next::Reconnect) {
             assert!(pause <= Duration::from_millis(300));
             std::thread::sleep(pause);
         }

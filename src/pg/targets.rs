@@ -1,9 +1,8 @@
 //! The hosts in the connection parameters, one by one, and their addresses.
 
-use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use postgres::Config;
 use postgres::config::Host;
@@ -16,181 +15,116 @@ pub(crate) struct Target {
     config: Config,
     /// `host:port`
     name: String,
-    location: Location,
-    /// The addresses that the last lookup of the host name found.
-    known: Mutex<Vec<Address>>,
+    /// The address, if no host name has to be looked up for it.
+    pub(crate) address: Option<Address>,
+    known: Mutex<Option<Vec<Address>>>,
 }
 
-enum Location {
-    Name(String, u16),
-    Address(Address),
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Address {
+    pub(crate) name: String,
+    /// `None` for a Unix socket.
+    pub(crate) tcp: Option<SocketAddr>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) enum Address {
-    Tcp(SocketAddr),
-    #[cfg(unix)]
-    Unix(std::path::PathBuf),
+impl From<SocketAddr> for Address {
+    fn from(address: SocketAddr) -> Self {
+        Self { name: address.to_string(), tcp: Some(address) }
+    }
 }
 
 impl Target {
     /// One target for each host, or what is wrong with the hosts.
-    pub(crate) fn list(config: &Config) -> Result<Vec<Self>, &'static str> {
-        let (hosts, addresses, ports) =
-            (config.get_hosts(), config.get_hostaddrs(), config.get_ports());
-        let targets: Vec<_> = places(config).map(|place| Self::new(config, &place)).collect();
-        let is_misfit = |count: usize, most: usize| count > most && count != targets.len();
-        if targets.is_empty() {
+    pub(crate) fn list(config: &Config) -> Result<Vec<Arc<Self>>, &'static str> {
+        let configs = each_host(config);
+        let is_misfit = |count: usize, most: usize| count > most && count != configs.len();
+        if configs.is_empty() {
             Err("the parameters name no host")
-        } else if is_misfit(hosts.len(), 0) || is_misfit(addresses.len(), 0) {
+        } else if is_misfit(config.get_hosts().len(), 0)
+            || is_misfit(config.get_hostaddrs().len(), 0)
+        {
             Err("host and hostaddr do not have the same number of entries")
-        } else if is_misfit(ports.len(), 1) {
+        } else if is_misfit(config.get_ports().len(), 1) {
             Err("port does not have one entry, nor as many as there are hosts")
         } else {
-            Ok(targets)
+            Ok(configs.into_iter().map(Self::new).map(Arc::new).collect())
         }
     }
 
-    fn new(config: &Config, place: &Place<'_>) -> Self {
-        let is_only_one = config.get_hosts().len().max(config.get_hostaddrs().len()) == 1;
-        let config = if is_only_one { config.clone() } else { with_one_host(config, place) };
-        let location = match (place.ip, place.host) {
-            (Some(ip), _) => Location::Address(Address::Tcp((ip, place.port).into())),
+    fn new(config: Config) -> Self {
+        let tcp = |ip: IpAddr| Address::from(SocketAddr::from((ip, port(&config))));
+        let address = match (config.get_hostaddrs(), config.get_hosts()) {
+            ([ip, ..], _) => Some(tcp(*ip)),
             #[cfg(unix)]
-            (None, Some(Host::Unix(folder))) => {
-                Location::Address(Address::Unix(folder.join(format!(".s.PGSQL.{}", place.port))))
+            ([], [Host::Unix(folder), ..]) => {
+                let socket = folder.join(format!(".s.PGSQL.{}", port(&config)));
+                Some(Address { name: socket.display().to_string(), tcp: None })
             }
-            (None, Some(Host::Tcp(name))) => match name.parse::<IpAddr>() {
-                Ok(ip) => Location::Address(Address::Tcp((ip, place.port).into())),
-                Err(_) => Location::Name(name.clone(), place.port),
-            },
-            (None, None) => unreachable!("a place has a host or an address"),
+            ([], [Host::Tcp(name), ..]) => name.parse().ok().map(tcp),
+            ([], []) => None,
         };
-        Self { config, name: place.to_string(), location, known: Mutex::default() }
-    }
-
-    pub(crate) fn name(&self) -> &str {
-        &self.name
+        Self { name: name(&config), config, address, known: Mutex::default() }
     }
 
     /// The name, with the address if the name does not say it.
-    pub(crate) fn name_with(&self, address: &Address) -> String {
-        match (&self.location, address) {
-            (Location::Name(..), Address::Tcp(address)) => {
-                format!("{} ({})", self.name, address.ip())
-            }
+    pub(crate) fn name_with(&self, address: Option<&Address>) -> String {
+        match (&self.address, address.and_then(|address| address.tcp)) {
+            (None, Some(tcp)) => format!("{} ({})", self.name, tcp.ip()),
             _ => self.name.clone(),
-        }
-    }
-
-    /// The address, if no host name has to be looked up for it.
-    pub(crate) fn address(&self) -> Option<&Address> {
-        match &self.location {
-            Location::Address(address) => Some(address),
-            Location::Name(..) => None,
         }
     }
 
     /// Looks up the host name, for as long as that takes.
     pub(crate) fn look_up(&self) -> io::Result<Vec<Address>> {
-        let addresses: Vec<_> = match &self.location {
-            Location::Address(address) => vec![address.clone()],
-            Location::Name(name, port) => {
-                (name.as_str(), *port).to_socket_addrs()?.map(Address::Tcp).collect()
-            }
-        };
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&addresses);
+        let addresses: Vec<_> = self.name.to_socket_addrs()?.map(Address::from).collect();
+        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(addresses.clone());
         Ok(addresses)
     }
 
-    /// The addresses as far as they are known without a lookup.
-    pub(crate) fn known_addresses(&self) -> Vec<Address> {
-        match &self.location {
-            Location::Address(address) => vec![address.clone()],
-            Location::Name(..) => self.known.lock().unwrap_or_else(PoisonError::into_inner).clone(),
-        }
+    /// The addresses that the last lookup of the host name found.
+    pub(crate) fn known(&self) -> Option<Vec<Address>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The parameters that lead to one of the addresses, and nowhere else.
     pub(crate) fn config(&self, address: &Address) -> Config {
         let mut config = self.config.clone();
-        if let (Address::Tcp(address), []) = (address, config.get_hostaddrs()) {
-            config.hostaddr(address.ip());
+        if let (Some(tcp), []) = (address.tcp, config.get_hostaddrs()) {
+            config.hostaddr(tcp.ip());
         }
         config
     }
 }
 
-/// One entry of the lists of hosts, addresses and ports. It has a host or an address, or both.
-struct Place<'a> {
-    host: Option<&'a Host>,
-    ip: Option<IpAddr>,
-    port: u16,
-}
-
-fn places(config: &Config) -> impl Iterator<Item = Place<'_>> {
-    let (hosts, addresses, ports) =
-        (config.get_hosts(), config.get_hostaddrs(), config.get_ports());
-    (0..hosts.len().max(addresses.len())).map(move |i| Place {
-        host: hosts.get(i),
-        ip: addresses.get(i).copied(),
-        port: ports.get(i).or(ports.first()).copied().unwrap_or(POSTGRES_PORT),
-    })
-}
-
-impl fmt::Display for Place<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self.host, self.ip) {
-            (Some(Host::Tcp(name)), _) if !name.is_empty() => f.write_str(name)?,
-            #[cfg(unix)]
-            (Some(Host::Unix(folder)), _) => folder.display().fmt(f)?,
-            (_, Some(ip)) => ip.fmt(f)?,
-            (_, None) => {}
-        }
-        write!(f, ":{}", self.port)
+/// The parameters with each of the hosts alone.
+fn each_host(config: &Config) -> Vec<Config> {
+    match config.get_hosts().len().max(config.get_hostaddrs().len()) {
+        1 => vec![config.clone()],
+        hosts => (0..hosts).map(|i| with_one_host(config, i)).collect(),
     }
 }
 
 /// A copy of the parameters in which one host stands for all: hosts cannot be removed from a `Config`.
-fn with_one_host(config: &Config, place: &Place<'_>) -> Config {
+fn with_one_host(config: &Config, i: usize) -> Config {
     let mut copy = Config::new();
-    match place.host {
+    match config.get_hosts().get(i) {
         Some(Host::Tcp(name)) => drop(copy.host(name)),
         #[cfg(unix)]
         Some(Host::Unix(folder)) => drop(copy.host_path(folder)),
         None => {}
     }
-    if let Some(ip) = place.ip {
-        copy.hostaddr(ip);
-    }
-    copy.port(place.port);
-    if let Some(user) = config.get_user() {
-        copy.user(user);
-    }
-    if let Some(password) = config.get_password() {
-        copy.password(password);
-    }
-    if let Some(dbname) = config.get_dbname() {
-        copy.dbname(dbname);
-    }
-    if let Some(options) = config.get_options() {
-        copy.options(options);
-    }
-    if let Some(name) = config.get_application_name() {
-        copy.application_name(name);
-    }
-    if let Some(timeout) = config.get_connect_timeout() {
-        copy.connect_timeout(*timeout);
-    }
-    if let Some(timeout) = config.get_tcp_user_timeout() {
-        copy.tcp_user_timeout(*timeout);
-    }
-    if let Some(interval) = config.get_keepalives_interval() {
-        copy.keepalives_interval(interval);
-    }
-    if let Some(retries) = config.get_keepalives_retries() {
-        copy.keepalives_retries(retries);
-    }
+    config.get_hostaddrs().get(i).map(|ip| copy.hostaddr(*ip));
+    let ports = config.get_ports();
+    ports.get(i).or(ports.first()).map(|port| copy.port(*port));
+    config.get_user().map(|user| copy.user(user));
+    config.get_password().map(|password| copy.password(password));
+    config.get_dbname().map(|name| copy.dbname(name));
+    config.get_options().map(|options| copy.options(options));
+    config.get_application_name().map(|name| copy.application_name(name));
+    config.get_connect_timeout().map(|time| copy.connect_timeout(*time));
+    config.get_tcp_user_timeout().map(|time| copy.tcp_user_timeout(*time));
+    config.get_keepalives_interval().map(|interval| copy.keepalives_interval(interval));
+    config.get_keepalives_retries().map(|retries| copy.keepalives_retries(retries));
     copy.keepalives(config.get_keepalives())
         .keepalives_idle(config.get_keepalives_idle())
         .ssl_mode(config.get_ssl_mode())
@@ -201,32 +135,30 @@ fn with_one_host(config: &Config, place: &Place<'_>) -> Config {
     copy
 }
 
+/// The port of a single host.
+fn port(config: &Config) -> u16 {
+    config.get_ports().first().copied().unwrap_or(POSTGRES_PORT)
+}
+
+/// `host:port` of a single host.
+fn name(config: &Config) -> String {
+    let host = match (config.get_hosts(), config.get_hostaddrs()) {
+        ([Host::Tcp(name), ..], _) if !name.is_empty() => name.clone(),
+        #[cfg(unix)]
+        ([Host::Unix(folder), ..], _) => folder.display().to_string(),
+        (_, [ip, ..]) => ip.to_string(),
+        (_, []) => String::new(),
+    };
+    format!("{host}:{}", port(config))
+}
+
 /// Where a connection was to go, without the user.
-pub(crate) struct ServerName(String);
-
-impl ServerName {
-    pub(crate) fn of(config: &Config) -> Self {
-        Self(places(config).map(|place| place.to_string()).collect::<Vec<_>>().join(","))
+pub(crate) fn server_name(config: &Config) -> String {
+    let names: Vec<_> = each_host(config).iter().map(name).collect();
+    if names.is_empty() {
+        return "no host is given".to_owned();
     }
-}
-
-impl fmt::Display for ServerName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0.as_str() {
-            "" => f.write_str("no host is given"),
-            server => write!(f, "server {server}"),
-        }
-    }
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(address) => address.fmt(f),
-            #[cfg(unix)]
-            Self::Unix(path) => path.display().fmt(f),
-        }
-    }
+    format!("server {}", names.join(","))
 }
 
 #[cfg(test)]
@@ -245,7 +177,7 @@ mod tests {
         params.parse().expect("valid parameters")
     }
 
-    fn targets(params: &str) -> Vec<Target> {
+    fn targets(params: &str) -> Vec<Arc<Target>> {
         Target::list(&config(params)).expect("hosts that fit together")
     }
 
@@ -258,7 +190,7 @@ mod tests {
             .zip(["host=one hostaddr=10.0.0.1 port=1", "host=two hostaddr=10.0.0.2 port=2"])
         {
             let expected = config(&format!("{ALL} {place}"));
-            let address = target.address().expect("it is given");
+            let address = target.address.as_ref().expect("it is given");
             let copy = target.config(address);
             assert_eq!(format!("{copy:?}"), format!("{expected:?}"));
             // These two are not in that text.
@@ -292,8 +224,8 @@ mod tests {
     fn one_host_keeps_the_parameters_as_they_are() {
         let all = format!("{ALL} host=one port=1");
         let [target] = &targets(&all)[..] else { panic!("one host") };
-        assert!(target.address().is_none(), "its name has to be looked up");
-        let copy = target.config(&Address::Tcp(([10, 0, 0, 1], 1).into()));
+        assert!(target.address.is_none(), "its name has to be looked up");
+        let copy = target.config(&SocketAddr::from(([10, 0, 0, 1], 1)).into());
         let expected = config(&format!("{all} hostaddr=10.0.0.1"));
         assert_eq!(format!("{copy:?}"), format!("{expected:?}"));
     }
@@ -309,7 +241,7 @@ mod tests {
             ("host=/run port=1", "server /run:1"),
             ("user=u", "no host is given"),
         ] {
-            assert_eq!(ServerName::of(&config(params)).to_string(), names);
+            assert_eq!(server_name(&config(params)), names);
         }
     }
 

@@ -182,9 +182,9 @@ impl InTransaction<'_, '_> {
         if checkpoints.is_empty() {
             return Ok(());
         }
-        self.queries
-            .save_many(&mut DirectSession::unnamed(self.tx), checkpoints)
-            .map_err(|cause| self.failed("save_many", self.queries.about_many(checkpoints), cause))
+        self.queries.save_many(&mut DirectSession::unnamed(self.tx), checkpoints).map_err(|cause| {
+            self.failed("save_many", self.queries.about_many(checkpoints.len()), cause)
+        })
     }
 
     /// Moves the checkpoint to `to`, only if it is still at `from`. One round trip, and one or two more if

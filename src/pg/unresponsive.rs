@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,16 +30,14 @@ const UNRESPONSIVE_FOR: Duration = Duration::from_secs(10 * 60);
 const FIRST_PROBE_STEP: Duration = Duration::from_secs(1);
 const LONGEST_PROBE_STEP: Duration = Duration::from_secs(2);
 
-static RECORDS: Mutex<Records> = Mutex::new(Records { next_id: 0, addresses: BTreeMap::new() });
+static RECORDS: Mutex<Records> = Mutex::new(Records::new());
 static CHANGED: Condvar = Condvar::new();
 
-struct Records {
-    next_id: u64,
-    addresses: BTreeMap<Address, Record>,
-}
+type Records = BTreeMap<Address, Record>;
 
 #[derive(Default)]
 struct Record {
+    /// When those began that are under way, by their numbers.
     logins: BTreeMap<u64, Instant>,
     unresponsive_since: Option<Instant>,
 }
@@ -46,8 +45,8 @@ struct Record {
 /// Whether the last login at the address was not answered.
 pub(crate) fn contains(address: &Address) -> bool {
     let mut records = lock();
-    records.forget_expired(Instant::now());
-    records.addresses.get(address).is_some_and(|record| record.unresponsive_since.is_some())
+    forget_expired(&mut records, Instant::now());
+    records.get(address).is_some_and(|record| record.unresponsive_since.is_some())
 }
 
 /// A login that is under way, and counted until this is dropped.
@@ -64,24 +63,27 @@ impl Login {
         let mut records = lock();
         loop {
             let now = Instant::now();
-            records.forget_expired(now);
-            let record = records.addresses.entry(address.clone()).or_default();
-            match address {
-                Address::Tcp(peer) if !has_answered && record.needs_probe(now) => {
-                    drop(records);
-                    has_answered = answers_in_time(*peer, &startup_message(config), until);
-                    records = lock();
-                    if !has_answered {
-                        records.probe_failed(address);
-                        return None;
-                    }
-                    continue;
+            forget_expired(&mut records, now);
+            let record = records.entry(address.clone()).or_default();
+            let needs_probe = !has_answered && record.needs_probe(now);
+            if let (Some(peer), true) = (address.tcp, needs_probe) {
+                drop(records);
+                has_answered = answers_in_time(peer, &startup_message(config), until);
+                records = lock();
+                if !has_answered {
+                    // The logins under way may never be answered, not even when the peer has recovered. They
+                    // need not be counted either: there is none before a probe is answered.
+                    let record = records.entry(address.clone()).or_default();
+                    record.logins.clear();
+                    record.unresponsive_since.get_or_insert_with(Instant::now);
+                    CHANGED.notify_all();
+                    return None;
                 }
-                _ => {}
+                continue;
             }
             let place_is_free_at = record.place_is_free_at(address, has_answered, now);
             if place_is_free_at.is_some_and(|at| at <= now) {
-                let id = records.add_login(address, now);
+                let id = record.add_login(now);
                 return Some(Self { address: address.clone(), id });
             }
             if now >= until {
@@ -106,34 +108,32 @@ impl Login {
     pub(crate) fn not_answered_since(&self, start: Instant) {
         let now = Instant::now();
         if now.duration_since(start) >= FAIR_TIME {
-            self.update(|record, _| {
-                record.unresponsive_since.get_or_insert(now);
-            });
+            self.update(|record, _| *record.unresponsive_since.get_or_insert(now));
         }
     }
 
-    /// The login is not counted any more.
-    pub(crate) fn forget(&self) {
-        self.update(|record, id| {
-            record.logins.remove(&id);
-        });
-    }
-
-    fn update(&self, change: impl FnOnce(&mut Record, u64)) {
+    fn update<T>(&self, change: impl FnOnce(&mut Record, u64) -> T) {
         let mut records = lock();
-        change(records.addresses.entry(self.address.clone()).or_default(), self.id);
-        records.forget_expired(Instant::now());
+        change(records.entry(self.address.clone()).or_default(), self.id);
+        forget_expired(&mut records, Instant::now());
         CHANGED.notify_all();
     }
 }
 
 impl Drop for Login {
     fn drop(&mut self) {
-        self.forget();
+        self.update(|record, id| record.logins.remove(&id));
     }
 }
 
 impl Record {
+    fn add_login(&mut self, start: Instant) -> u64 {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
+        self.logins.insert(id, start);
+        id
+    }
+
     /// Whether there is a reason to doubt that another login would be answered.
     fn needs_probe(&self, now: Instant) -> bool {
         let oldest = self.logins.values().next();
@@ -149,13 +149,10 @@ impl Record {
         has_answered: bool,
         now: Instant,
     ) -> Option<Instant> {
-        let most = match address {
-            // No network loses an answer here, so a server that goes on answers the login that it
-            // owes. A probe could do no more, and its connect has no time-out.
-            #[cfg(unix)]
-            Address::Unix(_) if self.unresponsive_since.is_some() => 1,
-            _ => MOST_LOGINS,
-        };
+        // No network loses an answer of a Unix socket, so a server that goes on answers the login that it
+        // owes. A probe could do no more, and its connect has no time-out.
+        let is_stuck_socket = address.tcp.is_none() && self.unresponsive_since.is_some();
+        let most = if is_stuck_socket { 1 } else { MOST_LOGINS };
         if self.logins.len() < most {
             return Some(now);
         }
@@ -166,32 +163,13 @@ impl Record {
     }
 }
 
-impl Records {
-    fn add_login(&mut self, address: &Address, now: Instant) -> u64 {
-        self.next_id += 1;
-        let record = self.addresses.entry(address.clone()).or_default();
-        record.logins.insert(self.next_id, now);
-        self.next_id
-    }
-
-    /// The logins under way may never be answered, not even when the peer has recovered. They need not
-    /// be counted either: there is none before a probe is answered.
-    fn probe_failed(&mut self, address: &Address) {
-        let record = self.addresses.entry(address.clone()).or_default();
-        record.logins.clear();
-        record.unresponsive_since.get_or_insert_with(Instant::now);
-        CHANGED.notify_all();
-    }
-
-    fn forget_expired(&mut self, now: Instant) {
-        self.addresses.retain(|_, record| {
-            record.logins.retain(|_, start| now.duration_since(*start) < LOGIN_COUNTS_FOR);
-            record.unresponsive_since = record
-                .unresponsive_since
-                .filter(|since| now.duration_since(*since) < UNRESPONSIVE_FOR);
-            !record.logins.is_empty() || record.unresponsive_since.is_some()
-        });
-    }
+fn forget_expired(records: &mut Records, now: Instant) {
+    records.retain(|_, record| {
+        record.logins.retain(|_, start| now.duration_since(*start) < LOGIN_COUNTS_FOR);
+        record.unresponsive_since =
+            record.unresponsive_since.filter(|since| now.duration_since(*since) < UNRESPONSIVE_FOR);
+        !record.logins.is_empty() || record.unresponsive_since.is_some()
+    });
 }
 
 fn lock() -> MutexGuard<'static, Records> {
@@ -240,7 +218,7 @@ fn answers_probe(peer: SocketAddr, startup: &[u8], longest_step: Duration, until
 
 /// PostgreSQL's message of that name, in protocol 3.0.
 fn startup_message(config: &Config) -> Vec<u8> {
-    const PROTOCOL: [u8; 4] = [0, 3, 0, 0];
+    const PROTOCOL: &[u8] = &[0, 3, 0, 0];
     let parameters = [
         ("user", config.get_user()),
         ("database", config.get_dbname()),
@@ -248,19 +226,12 @@ fn startup_message(config: &Config) -> Vec<u8> {
         // A proxy of a hosted server may find the database by these.
         ("options", config.get_options()),
     ];
-    let mut message = vec![0; 4];
-    message.extend(PROTOCOL);
-    for (name, value) in parameters {
-        let Some(value) = value else { continue };
-        for text in [name, value] {
-            message.extend(text.bytes().filter(|byte| *byte != 0));
-            message.push(0);
-        }
-    }
-    message.push(0);
-    let length = u32::try_from(message.len()).unwrap_or(u32::MAX);
-    message[..4].copy_from_slice(&length.to_be_bytes());
-    message
+    let text =
+        |(name, value): (_, Option<&str>)| Some(format!("{name}\0{}\0", value?.replace('\0', "")));
+    let parameters: String = parameters.into_iter().filter_map(text).collect();
+    let message = [PROTOCOL, parameters.as_bytes(), b"\0"].concat();
+    let length = u32::try_from(message.len() + 4).unwrap_or(u32::MAX);
+    [length.to_be_bytes().as_slice(), &message].concat()
 }
 
 #[cfg(test)]
@@ -296,7 +267,7 @@ mod tests {
     #[test]
     fn at_most_a_few_logins_are_under_way_and_a_further_one_waits_for_a_place() {
         let (_listener, peer) = listener();
-        let address = Address::Tcp(peer);
+        let address = Address::from(peer);
         let begin = |until| Login::begin(&address, &config(), until);
         let mut logins: Vec<_> =
             (0..MOST_LOGINS).map(|_| begin(soon()).expect("a place")).collect();
@@ -307,32 +278,32 @@ mod tests {
             assert!(waiting.join().expect("no panic"));
         });
         drop(logins);
-        assert!(!lock().addresses.contains_key(&address), "nothing is left over");
+        assert!(!lock().contains_key(&address), "nothing is left over");
     }
 
     #[test]
     fn an_address_is_unresponsive_until_a_login_is_answered() {
         let (_listener, peer) = listener();
-        let address = Address::Tcp(peer);
+        let address = Address::from(peer);
         let login = Login::begin(&address, &config(), soon()).expect("a place");
         login.not_answered_since(Instant::now());
         assert!(!contains(&address), "it had no time to answer");
         login.not_answered_since(long_ago());
         assert!(contains(&address));
         // It is still counted, until a probe shows that it may never be answered.
-        assert_eq!(lock().addresses[&address].logins.len(), 1);
+        assert_eq!(lock()[&address].logins.len(), 1);
         assert!(Login::begin(&address, &config(), soon()).is_none(), "nobody accepts");
-        assert_eq!(lock().addresses[&address].logins.len(), 0);
+        assert_eq!(lock()[&address].logins.len(), 0);
         assert!(contains(&address));
         login.answered();
         assert!(!contains(&address));
-        assert!(!lock().addresses.contains_key(&address), "nothing is left over");
+        assert!(!lock().contains_key(&address), "nothing is left over");
     }
 
     #[test]
     fn a_login_begins_at_an_unresponsive_address_that_answers_a_probe() {
         let (listener, peer) = listener();
-        let address = Address::Tcp(peer);
+        let address = Address::from(peer);
         let login = Login::begin(&address, &config(), soon()).expect("a place");
         login.not_answered_since(long_ago());
         drop(listener);
@@ -349,7 +320,7 @@ mod tests {
     fn begin_logins(address: &Address, age: Duration) {
         let start = Instant::now().checked_sub(age).expect("the machine has run for so long");
         for _ in 0..MOST_LOGINS {
-            lock().add_login(address, start);
+            lock().entry(address.clone()).or_default().add_login(start);
         }
     }
 
@@ -357,7 +328,7 @@ mod tests {
     fn logins_that_were_lost_in_an_outage_do_not_keep_an_address_that_has_recovered_from_being_used()
      {
         let (listener, peer) = listener();
-        let address = Address::Tcp(peer);
+        let address = Address::from(peer);
         hang_up_on_everybody(listener);
         begin_logins(&address, FAIR_TIME * 5);
         let login = Login::begin(&address, &config(), far()).expect("it answers probes");
@@ -365,27 +336,26 @@ mod tests {
         let limit = Instant::now() + Duration::from_millis(200);
         assert!(Login::begin(&address, &config(), limit).is_none());
         login.answered();
-        assert!(!lock().addresses.contains_key(&address), "nothing is left over");
+        assert!(!lock().contains_key(&address), "nothing is left over");
     }
 
     #[test]
     fn an_address_where_all_logins_are_unanswered_has_to_answer_a_probe() {
         let (_listener, peer) = listener();
-        let address = Address::Tcp(peer);
+        let address = Address::from(peer);
         begin_logins(&address, FAIR_TIME);
         assert!(!contains(&address), "no call has waited for its fair time");
         assert!(Login::begin(&address, &config(), soon()).is_none(), "nobody accepts");
         assert!(contains(&address));
     }
 
-    #[cfg(unix)]
     #[test]
     fn an_unresponsive_unix_socket_gets_no_login_before_the_last_one_has_ended() {
-        let address = Address::Unix("/no such folder/.s.PGSQL.1".into());
+        let address = Address { name: "/no such folder/.s.PGSQL.1".to_owned(), tcp: None };
         let login = Login::begin(&address, &config(), soon()).expect("a place");
         login.not_answered_since(long_ago());
         assert!(Login::begin(&address, &config(), soon()).is_none());
-        login.forget();
+        drop(login);
         let another = Login::begin(&address, &config(), soon());
         assert!(contains(&address));
         another.expect("a place").answered();
@@ -393,15 +363,15 @@ mod tests {
 
     #[test]
     fn what_is_old_is_forgotten() {
-        let address = Address::Tcp(([10, 0, 0, 1], 1).into());
+        let address = Address::from(SocketAddr::from(([10, 0, 0, 1], 1)));
         let start = Instant::now();
-        let mut records = Records { next_id: 0, addresses: BTreeMap::new() };
+        let mut records = Records::new();
         let record = Record { logins: [(1, start)].into(), unresponsive_since: Some(start) };
-        records.addresses.insert(address.clone(), record);
-        records.forget_expired(start + LOGIN_COUNTS_FOR);
-        assert!(records.addresses[&address].logins.is_empty());
-        records.forget_expired(start + UNRESPONSIVE_FOR);
-        assert!(records.addresses.is_empty());
+        records.insert(address.clone(), record);
+        forget_expired(&mut records, start + LOGIN_COUNTS_FOR);
+        assert!(records[&address].logins.is_empty());
+        forget_expired(&mut records, start + UNRESPONSIVE_FOR);
+        assert!(records.is_empty());
     }
 
     #[test]

@@ -7,46 +7,52 @@ use std::time::{Duration, Instant};
 use super::connect_error::{ConnectError, Failure};
 use super::retry::NOTICE_AFTER;
 
-/// What a caller that waits is told, once.
-pub(crate) struct Notice<'a> {
-    at: Instant,
-    waiting: Option<&'a mut dyn FnMut(ConnectError)>,
+/// How long one attempt to connect waits. Its caller is told once what it waits for.
+pub(crate) struct Wait<'a> {
+    pub(crate) until: Instant,
+    notice_at: Option<Instant>,
+    tell: &'a mut dyn FnMut(ConnectError),
 }
 
-impl<'a> Notice<'a> {
-    pub(crate) fn to(waiting: &'a mut dyn FnMut(ConnectError)) -> Self {
-        Self { at: Instant::now() + NOTICE_AFTER, waiting: Some(waiting) }
+impl<'a> Wait<'a> {
+    pub(crate) fn telling(tell: &'a mut dyn FnMut(ConnectError)) -> Self {
+        let now = Instant::now();
+        Self { until: now, notice_at: Some(now + NOTICE_AFTER), tell }
     }
 
-    /// Waits until the limit, and on the way gives notice of the failure that it would be by then.
-    pub(crate) fn wait<T>(
+    /// Waits for an outcome, and on the way tells of the failure that it would be by then.
+    pub(crate) fn bounded<T>(
         &mut self,
-        until: Instant,
-        failure: impl FnOnce() -> Failure,
-        wait: impl Fn(Instant) -> Option<T>,
-    ) -> Option<T> {
+        failure: impl Fn() -> Failure,
+        outcome_by: impl Fn(Instant) -> Option<T>,
+    ) -> Result<T, Failure> {
         /// A wait that is no longer says nothing of its peer.
         const SHORTEST: Duration = Duration::from_millis(100);
-        let at = self.at.max(Instant::now() + SHORTEST);
-        if self.waiting.is_some() && at < until {
-            if let Some(answer) = wait(at) {
-                return Some(answer);
+        let notice_at = self.notice_at.map(|at| at.max(Instant::now() + SHORTEST));
+        if let Some(notice_at) = notice_at.filter(|at| *at < self.until) {
+            if let Some(outcome) = outcome_by(notice_at) {
+                return Ok(outcome);
             }
-            if let Some(waiting) = self.waiting.take() {
-                waiting(failure().into());
-            }
+            self.notice_at = None;
+            (self.tell)(failure().into());
         }
-        wait(until)
+        outcome_by(self.until).ok_or_else(failure)
     }
-}
 
-pub(crate) fn receive<T>(receiver: &Receiver<T>, until: Instant) -> Option<T> {
-    receiver.recv_timeout(until.saturating_duration_since(Instant::now())).ok()
+    /// Waits for the outcome of what runs on another thread.
+    pub(crate) fn receive<T>(
+        &mut self,
+        failure: impl Fn() -> Failure,
+        outcome: &Receiver<T>,
+    ) -> Result<T, Failure> {
+        let left = |until: Instant| until.saturating_duration_since(Instant::now());
+        self.bounded(failure, |until| outcome.recv_timeout(left(until)).ok())
+    }
 }
 
 /// Runs something that has no limit of its own on another thread. If the receiver of its outcome is dropped
 /// it goes on, and `late` gets what comes of it.
-pub(crate) fn bounded<T: Send + 'static>(
+pub(crate) fn spawn<T: Send + 'static>(
     thread: &str,
     work: impl FnOnce() -> T + Send + 'static,
     late: impl FnOnce(T) + Send + 'static,
