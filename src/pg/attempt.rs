@@ -9,7 +9,7 @@ use postgres::error::SqlState;
 use super::client::PooledClient;
 use super::connect_error::no_connection;
 use super::errors::{Cause, ErrorClass, Outcome, Rivals, failure, postgres_error, sql_state};
-use super::queries::{LockedRow, Queries, is_not_as_given};
+use super::queries::{LockedRow, Queries, WhileTaken, is_not_as_given};
 use super::session::{DirectSession, Session, StatementCache};
 use crate::validate::validate_offset;
 use crate::{Error, Result};
@@ -42,14 +42,6 @@ pub enum Batch {
 /// How often the connection may be lost between the start of the closure and the answer to the save: the
 /// closure's own statement, or the time that it takes, may be what ends the connection.
 pub(super) const LOSSES_WHILE_APPLYING: u32 = 3;
-
-/// What to do while another worker has the projection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum WhileTaken {
-    Wait,
-    GiveUp,
-}
-
 /// Why an attempt has come to nothing.
 pub(super) enum Failed {
     /// At a step of the store's own.
@@ -204,33 +196,24 @@ impl<'a> Attempt<'a> {
     }
 
     fn lock(&self, session: &mut impl Session) -> Outcome<Option<(LockedRow, i64)>> {
-        let Self { queries, projection, .. } = *self;
+        let Self { queries, projection, creates_first, .. } = *self;
         let there = |offset| (LockedRow::There, offset);
         // A COMMIT in doubt may still be under way, and only a call that waits for it learns of its outcome.
-        let waits = self.while_taken == WhileTaken::Wait || self.in_doubt.is_some();
-        let found = if waits {
-            queries.lock_if_there(session, projection)?
-        } else {
-            queries.lock_if_free(session, projection)?
-        };
-        if let Some(offset) = found {
+        let while_taken = if self.in_doubt.is_some() { WhileTaken::Wait } else { self.while_taken };
+        if let Some(offset) = queries.lock_if_there(session, projection, while_taken)? {
             return Ok(Some(there(offset)));
         }
-        if !waits {
-            if !queries.try_lock_absent(session, projection)? {
-                return Ok(None);
-            }
-            if !self.creates_first {
-                return Ok(Some((LockedRow::Absent, 0)));
-            }
+        if !queries.lock_absent(session, projection, while_taken)? {
+            return Ok(None);
         }
-        if self.creates_first {
+        if creates_first {
             queries.lock_new(session, projection)?;
-        } else {
-            queries.lock_absent(session, projection)?;
+        } else if while_taken == WhileTaken::GiveUp {
+            // It was absent when the lock was taken.
+            return Ok(Some((LockedRow::Absent, 0)));
         }
         // It may have been created while this transaction waited.
-        let offset = queries.lock_if_there(session, projection)?;
+        let offset = queries.lock_if_there(session, projection, WhileTaken::Wait)?;
         Ok(Some(offset.map_or((LockedRow::Absent, 0), there)))
     }
 

@@ -7,12 +7,9 @@ use crate::{Error, Result};
 /// PostgreSQL cuts longer identifiers short, with no more than a notice.
 const MAX_IDENTIFIER_BYTES: usize = 63;
 
-/// A checked identifier, and how it is written in SQL.
+/// A checked identifier.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Identifier {
-    name: String,
-    quoted: String,
-}
+pub(crate) struct Identifier(String);
 
 impl Identifier {
     pub(crate) fn new(identifier: &str) -> Result<Self> {
@@ -23,20 +20,16 @@ impl Identifier {
         } else if identifier.contains('\0') {
             "it contains a NUL character"
         } else {
-            return Ok(Self::quoted(identifier));
+            return Ok(Self(identifier.to_owned()));
         };
         Err(Error::InvalidIdentifier { identifier: identifier.to_owned(), reason })
     }
-
-    fn quoted(identifier: &str) -> Self {
-        let quoted = format!("\"{}\"", identifier.replace('"', "\"\""));
-        Self { name: identifier.to_owned(), quoted }
-    }
 }
 
+/// As it is written in SQL.
 impl fmt::Display for Identifier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.quoted)
+        write!(f, "\"{}\"", self.0.replace('"', "\"\""))
     }
 }
 
@@ -68,7 +61,7 @@ impl Table {
 
     /// The schema's and the table's own name, for where a name is a value.
     pub(crate) fn names(&self) -> [&str; 2] {
-        [&self.schema.name, &self.table.name]
+        [&self.schema.0, &self.table.0]
     }
 
     pub(crate) fn schema(&self) -> &Identifier {
@@ -79,8 +72,8 @@ impl Table {
 impl Default for Table {
     fn default() -> Self {
         Self {
-            schema: Identifier::quoted(Self::DEFAULT_SCHEMA),
-            table: Identifier::quoted(Self::DEFAULT_TABLE),
+            schema: Identifier(Self::DEFAULT_SCHEMA.to_owned()),
+            table: Identifier(Self::DEFAULT_TABLE.to_owned()),
         }
     }
 }

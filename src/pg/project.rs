@@ -6,11 +6,12 @@ use postgres::Transaction;
 
 use super::PostgresCheckpointStore;
 use super::applying::Applying;
-use super::attempt::{Attempt, Batch, Failed, LOSSES_WHILE_APPLYING, WhileTaken};
+use super::attempt::{Attempt, Batch, Failed, LOSSES_WHILE_APPLYING};
 use super::client::takes_writes;
 use super::connections::{AfterLoss, next_after};
 use super::errors::{failure, postgres_error};
 use super::prepared::name_the_pooler;
+use super::queries::WhileTaken;
 use super::retry::{Next, deadline_after};
 use super::session::{StatementCache, is_stale};
 use crate::Result;

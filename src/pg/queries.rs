@@ -11,7 +11,7 @@ use postgres::{GenericClient, Row};
 use super::errors::{Cause, Outcome, Rivals};
 use super::group::{Stored, Write};
 use super::identifier::{Table, literal};
-use super::session::{Query, Session, StatementCache};
+use super::session::{Session, StatementCache};
 use super::statements::Statements;
 use crate::{Checkpoint, Error};
 
@@ -164,7 +164,7 @@ impl Queries {
     }
 
     pub(crate) fn lock(&self, session: &mut impl Session, projection: &str) -> Outcome<i64> {
-        match self.lock_if_there(session, projection)? {
+        match self.lock_if_there(session, projection, WhileTaken::Wait)? {
             Some(offset) => Ok(offset),
             None => self.lock_new(session, projection),
         }
@@ -177,40 +177,35 @@ impl Queries {
         Ok(rows.first().ok_or(NOTHING_WRITTEN)?.try_get(0)?)
     }
 
-    /// Locks the row if it is there.
+    /// Locks the row if it is there and, unless the call waits, free.
     pub(crate) fn lock_if_there(
         &self,
         session: &mut impl Session,
         projection: &str,
+        while_taken: WhileTaken,
     ) -> Outcome<Option<i64>> {
-        locked(session, &self.sql.lock, projection)
-    }
-
-    /// Locks the row if it is there and free.
-    pub(crate) fn lock_if_free(
-        &self,
-        session: &mut impl Session,
-        projection: &str,
-    ) -> Outcome<Option<i64>> {
-        locked(session, &self.sql.try_lock, projection)
+        let query = match while_taken {
+            WhileTaken::Wait => &self.sql.lock,
+            WhileTaken::GiveUp => &self.sql.try_lock,
+        };
+        let rows = session.query(query, &[&projection])?;
+        Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
     }
 
     /// Locks a projection whose row is not there, and writes nothing: a call of `project` that finds
-    /// nothing new leaves nothing behind.
-    pub(crate) fn lock_absent(&self, session: &mut impl Session, projection: &str) -> Outcome<()> {
-        let table = self.table.to_string();
-        let rows = session.query(&self.sql.lock_absent, &[&projection, &table])?;
-        unless_hidden(&rows).map(drop)
-    }
-
-    /// The same without waiting; `false` if another transaction holds the row, or is creating it.
-    pub(crate) fn try_lock_absent(
+    /// nothing new leaves nothing behind. `false` if the call does not wait, and another transaction holds the
+    /// row or is creating it.
+    pub(crate) fn lock_absent(
         &self,
         session: &mut impl Session,
         projection: &str,
+        while_taken: WhileTaken,
     ) -> Outcome<bool> {
-        let table = self.table.to_string();
-        let rows = session.query(&self.sql.try_lock_absent, &[&projection, &table])?;
+        let query = match while_taken {
+            WhileTaken::Wait => &self.sql.lock_absent,
+            WhileTaken::GiveUp => &self.sql.try_lock_absent,
+        };
+        let rows = session.query(query, &[&projection, &self.table.to_string()])?;
         Ok(unless_hidden(&rows)?.try_get("is_locked")?)
     }
 
@@ -248,6 +243,13 @@ impl Queries {
         let encoding = if projection.is_ascii() { "" } else { "SET client_encoding = 'UTF8';" };
         format!("{save} {check} {encoding} COMMIT")
     }
+}
+
+/// What a call does while another transaction has locked the projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum WhileTaken {
+    Wait,
+    GiveUp,
 }
 
 /// Whether the row that `project` has locked is there.
@@ -321,12 +323,6 @@ pub(crate) fn is_not_as_given(cause: &Cause) -> bool {
     })
 }
 
-/// The offset of the row that a statement has locked, if it has.
-fn locked(session: &mut impl Session, query: &Query, projection: &str) -> Outcome<Option<i64>> {
-    let rows = session.query(query, &[&projection])?;
-    Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
-}
-
 /// The answer about a row that is not there, if row-level security does not hide what is.
 fn unless_hidden(rows: &[Row]) -> Outcome<&Row> {
     let row = rows.first().ok_or(NO_ROW)?;
@@ -351,14 +347,12 @@ impl<'a> FromSql<'a> for Timestamp {
         const SECONDS_FROM_1970_TO_2000: u64 = 946_684_800;
         let since_2000 = i64::from_be_bytes(raw.try_into()?);
         let distance = Duration::from_micros(since_2000.unsigned_abs());
-        SystemTime::UNIX_EPOCH
-            .checked_add(Duration::from_secs(SECONDS_FROM_1970_TO_2000))
-            .and_then(|year_2000| match since_2000 {
-                0.. => year_2000.checked_add(distance),
-                _ => year_2000.checked_sub(distance),
-            })
-            .map(Self)
-            .ok_or_else(|| "the time is out of this platform's range".into())
+        let year_2000 = SystemTime::UNIX_EPOCH + Duration::from_secs(SECONDS_FROM_1970_TO_2000);
+        let time = match since_2000 {
+            0.. => year_2000.checked_add(distance),
+            _ => year_2000.checked_sub(distance),
+        };
+        time.map(Self).ok_or_else(|| "the time is out of this platform's range".into())
     }
 
     postgres::types::accepts!(TIMESTAMPTZ);

@@ -6,11 +6,11 @@ use postgres::Transaction;
 use postgres::error::SqlState;
 
 use super::connections::Connections;
-use super::errors::{Cause, ErrorClass, Outcome, failure, sql_state};
-use super::queries::Queries;
+use super::errors::{ErrorClass, Outcome, failure, sql_state};
+use super::queries::{Queries, Subject, WhileTaken};
 use super::session::DirectSession;
 use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
-use crate::{Checkpoint, Error, Result};
+use crate::{Checkpoint, Result};
 
 /// The store's operations inside the caller's own transaction; made by
 /// [`in_transaction`](super::PostgresCheckpointStore::in_transaction).
@@ -76,7 +76,7 @@ impl fmt::Debug for InTransaction<'_, '_> {
     }
 }
 
-impl InTransaction<'_, '_> {
+impl<'c> InTransaction<'_, 'c> {
     /// The projection's checkpoint as this transaction sees it, or `None`. One round trip.
     ///
     /// It locks nothing: another worker may move the checkpoint before the commit. To continue from what was
@@ -131,10 +131,8 @@ impl InTransaction<'_, '_> {
     /// # Ok(()) }
     /// ```
     pub fn all(&mut self) -> Result<Vec<Checkpoint>> {
-        let queries = self.queries;
-        queries
-            .all(&mut DirectSession::unnamed(self.tx))
-            .map_err(|cause| self.failed("all", queries.about_all(), cause))
+        let subject = self.queries.about_all();
+        self.run("all", subject, |queries, session| queries.all(session))
     }
 
     /// Sets the checkpoint, forwards or back, from the commit on. One round trip.
@@ -158,9 +156,9 @@ impl InTransaction<'_, '_> {
     pub fn save(&mut self, projection: &str, offset: i64) -> Result<()> {
         validate_projection(projection)?;
         validate_offset(offset)?;
-        self.queries
-            .save(&mut DirectSession::unnamed(self.tx), projection, offset)
-            .map_err(|cause| self.failed("save", self.queries.about(projection), cause))
+        self.run("save", self.queries.about(projection), |queries, session| {
+            queries.save(session, projection, offset)
+        })
     }
 
     /// Saves several checkpoints. If a name is given twice, the last one counts. One round trip, and none for
@@ -182,9 +180,8 @@ impl InTransaction<'_, '_> {
         if checkpoints.is_empty() {
             return Ok(());
         }
-        self.queries.save_many(&mut DirectSession::unnamed(self.tx), checkpoints).map_err(|cause| {
-            self.failed("save_many", self.queries.about_many(checkpoints.len()), cause)
-        })
+        let subject = self.queries.about_many(checkpoints.len());
+        self.run("save_many", subject, |queries, session| queries.save_many(session, checkpoints))
     }
 
     /// Moves the checkpoint to `to`, only if it is still at `from`. One round trip, and one or two more if
@@ -212,10 +209,10 @@ impl InTransaction<'_, '_> {
     /// ```
     pub fn advance(&mut self, projection: &str, from: i64, to: i64) -> Result<()> {
         validate_advance(projection, from, to)?;
-        self.queries
-            .advance(&mut DirectSession::unnamed(self.tx), projection, from, to)
-            .map_err(|cause| self.failed("advance", self.queries.about(projection), cause))?
-            .or_conflict(projection, from)
+        let advance = self.run("advance", self.queries.about(projection), |queries, session| {
+            queries.advance(session, projection, from, to)
+        })?;
+        advance.or_conflict(projection, from)
     }
 
     /// Deletes the checkpoint, and returns whether there was one. One round trip, and a second one if there
@@ -236,9 +233,9 @@ impl InTransaction<'_, '_> {
     /// ```
     pub fn delete(&mut self, projection: &str) -> Result<bool> {
         validate_projection(projection)?;
-        self.queries
-            .delete(&mut DirectSession::unnamed(self.tx), projection)
-            .map_err(|cause| self.failed("delete", self.queries.about(projection), cause))
+        self.run("delete", self.queries.about(projection), |queries, session| {
+            queries.delete(session, projection)
+        })
     }
 
     /// Locks the projection for this transaction, and returns its offset. One round trip, two if the
@@ -275,9 +272,9 @@ impl InTransaction<'_, '_> {
     /// ```
     pub fn lock(&mut self, projection: &str) -> Result<i64> {
         validate_projection(projection)?;
-        self.queries
-            .lock(&mut DirectSession::unnamed(self.tx), projection)
-            .map_err(|cause| self.failed("lock", self.queries.about(projection), cause))
+        self.run("lock", self.queries.about(projection), |queries, session| {
+            queries.lock(session, projection)
+        })
     }
 
     /// Like [`lock`](InTransaction::lock), but returns `None` immediately if another transaction has locked the
@@ -304,26 +301,32 @@ impl InTransaction<'_, '_> {
     /// ```
     pub fn try_lock(&mut self, projection: &str) -> Result<Option<i64>> {
         validate_projection(projection)?;
-        let queries = self.queries;
-        queries
-            .lock_if_free(&mut DirectSession::unnamed(self.tx), projection)
-            .and_then(|held| match held {
-                Some(offset) => Ok(Some(offset)),
-                None => lock_if_absent(queries, self.tx, projection),
-            })
-            .map_err(|cause| self.failed("try_lock", queries.about(projection), cause))
+        self.run("try_lock", self.queries.about(projection), |queries, session| {
+            match queries.lock_if_there(session, projection, WhileTaken::GiveUp)? {
+                None => lock_if_absent(queries, session.client, projection),
+                locked => Ok(locked),
+            }
+        })
     }
 
     fn read(&mut self, operation: &'static str, projection: &str) -> Result<Option<Checkpoint>> {
         validate_projection(projection)?;
-        self.queries
-            .find(&mut DirectSession::unnamed(self.tx), projection)
-            .map_err(|cause| self.failed(operation, self.queries.about(projection), cause))
+        self.run(operation, self.queries.about(projection), |queries, session| {
+            queries.find(session, projection)
+        })
     }
 
-    fn failed(&self, operation: &'static str, subject: impl fmt::Display, cause: Cause) -> Error {
-        self.connections.note(ErrorClass::of(cause.as_ref()));
-        failure(operation, subject, cause)
+    /// What a failure says about connections goes for those of the store too.
+    fn run<T>(
+        &mut self,
+        operation: &'static str,
+        subject: Subject<'_>,
+        statement: impl FnOnce(&Queries, &mut DirectSession<'_, Transaction<'c>>) -> Outcome<T>,
+    ) -> Result<T> {
+        statement(self.queries, &mut DirectSession::unnamed(self.tx)).map_err(|cause| {
+            self.connections.note(ErrorClass::of(cause.as_ref()));
+            failure(operation, subject, cause)
+        })
     }
 }
 
