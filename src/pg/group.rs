@@ -1,13 +1,13 @@
 //! Group commit: calls that wait at the same time share one statement and one flush of the log.
 
-use std::cell::Cell;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::sync::{Condvar, Mutex, MutexGuard, thread_local};
+use super::inside::{Inside, is_inside};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::{Error, Result};
 
 /// Up to this many calls at once send their own statements. In a group they would wait for each
@@ -158,7 +158,11 @@ impl Group {
         waiting: impl FnMut(),
         unanswered: impl FnOnce(Unanswered) -> Error,
     ) -> Result<()> {
-        let Some(_current) = CurrentCall::begin(self) else { return alone(Executed::No) };
+        // What a call runs, such as an observer of retries, must not wait for the call which it is part of.
+        if is_inside(self) {
+            return alone(Executed::No);
+        }
+        let _inside = Inside::enter(self);
         let is_save = write.from.is_none();
         let call = Call::begin(self, write);
         let mut state = call.wait(deadline, waiting);
@@ -358,33 +362,6 @@ impl Drop for Call<'_> {
             queue.release(&self.request.write.projection);
             queue.start();
         }
-    }
-}
-
-thread_local! {
-    /// The address of the group in which the thread has a call, or 0.
-    #[allow(clippy::missing_const_for_thread_local)] // loom's macro takes no `const`
-    static CURRENT: Cell<usize> = Cell::new(0);
-}
-
-/// A call of this thread. What it runs, such as an observer of retries, may write through the same
-/// store: that write must not wait for the call which it is part of.
-struct CurrentCall {
-    outer: usize,
-}
-
-impl CurrentCall {
-    /// `None` within a call of the same group.
-    fn begin(group: &Group) -> Option<Self> {
-        let group = std::ptr::from_ref(group).addr();
-        let outer = CURRENT.with(|current| current.replace(group));
-        (outer != group).then(|| Self { outer })
-    }
-}
-
-impl Drop for CurrentCall {
-    fn drop(&mut self) {
-        CURRENT.with(|current| current.set(self.outer));
     }
 }
 

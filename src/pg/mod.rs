@@ -14,7 +14,6 @@
 //!
 //! The caller's own transaction, [`transaction`], uses [`queries`] and nothing else: there nothing is repeated.
 
-mod applying;
 mod attempt;
 mod builder;
 mod client;
@@ -25,6 +24,7 @@ mod connections;
 mod errors;
 mod group;
 mod identifier;
+mod inside;
 mod manager;
 mod migrate;
 mod params;
@@ -389,11 +389,6 @@ impl PostgresCheckpointStore {
     fn call<'a>(&'a self, operation: &'static str, projection: &'a str) -> Call<'a> {
         let Shared { queries, connections, .. } = &*self.shared;
         connections.call(operation, queries.about(projection))
-    }
-
-    /// What tells stores apart, and not the handles on one.
-    fn id(&self) -> usize {
-        Arc::as_ptr(&self.shared) as usize
     }
 }
 

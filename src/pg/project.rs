@@ -5,17 +5,17 @@ use std::thread;
 use postgres::Transaction;
 
 use super::PostgresCheckpointStore;
-use super::applying::Applying;
 use super::attempt::{Attempt, Batch, Failed, LOSSES_WHILE_APPLYING};
 use super::client::takes_writes;
 use super::connections::{AfterLoss, next_after};
 use super::errors::{failure, postgres_error};
+use super::inside::{Inside, is_inside};
 use super::prepared::name_the_pooler;
 use super::queries::WhileTaken;
 use super::retry::{Next, deadline_after};
 use super::session::{StatementCache, is_stale};
-use crate::Result;
 use crate::validate::validate_projection;
+use crate::{Error, Result};
 
 impl PostgresCheckpointStore {
     /// Applies one batch of events exactly once.
@@ -195,7 +195,7 @@ impl PostgresCheckpointStore {
         let (queries, connections) = (&self.shared.queries, &self.shared.connections);
         let subject = queries.about(projection);
         let mut apply = |tx: &mut Transaction<'_>, offset| {
-            let _applying = Applying::with(self.id());
+            let _inside = Inside::enter(queries);
             apply(tx, offset)
         };
         let mut attempt = Attempt::new(queries, projection, while_taken);
@@ -263,4 +263,21 @@ impl PostgresCheckpointStore {
             thread::sleep(call.after(error, next)?);
         }
     }
+
+    /// Refuses what would wait for the transaction of the closure that the calling thread is in, and so for
+    /// itself, or for another closure that waits for this one. PostgreSQL cannot see such a deadlock.
+    pub(super) fn refuse_inside_the_closure(&self, operation: &'static str) -> Result<()> {
+        if is_inside(&self.shared.queries) {
+            return Err(Error::backend(operation, InsideTheClosure));
+        }
+        Ok(())
+    }
 }
+
+/// A write through the store, from the closure of `project` on the same store.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the store was called inside the closure of `project`, and would wait for that closure's own transaction: \
+     use `in_transaction` with the transaction that the closure is given, and return the offset to save it"
+)]
+struct InsideTheClosure;
