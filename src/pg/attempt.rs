@@ -3,8 +3,8 @@
 use std::mem;
 use std::time::{Duration, Instant};
 
-use postgres::Transaction;
 use postgres::error::SqlState;
+use postgres::{Client, Transaction};
 
 use super::client::PooledClient;
 use super::connect_error::no_connection;
@@ -99,12 +99,7 @@ impl<'a> Attempt<'a> {
         client: &mut PooledClient,
         apply: impl FnMut(&mut Transaction<'_>, i64) -> Result<Option<i64>>,
     ) -> Result<Batch, Failed> {
-        let mut cache = client.prepares.then(|| mem::take(client.kept::<StatementCache>()));
-        let outcome = self.run_with(client, cache.as_mut(), apply);
-        if let Some(cache) = cache {
-            *client.kept() = cache;
-        }
-        match outcome {
+        match client.with_cache(|client, cache| self.run_with(client, cache, apply)) {
             // The transaction has been rolled back by now, so a lost connection has been noticed.
             Err(Failed::InClosure(error)) if client.is_closed() => {
                 self.losses += 1;
@@ -116,7 +111,7 @@ impl<'a> Attempt<'a> {
 
     fn run_with(
         &mut self,
-        client: &mut PooledClient,
+        client: &mut Client,
         mut cache: Option<&mut StatementCache>,
         mut apply: impl FnMut(&mut Transaction<'_>, i64) -> Result<Option<i64>>,
     ) -> Result<Batch, Failed> {

@@ -134,6 +134,20 @@ impl PooledClient {
         kept.get_mut().unwrap_or_else(|| unreachable!("it was inserted just now"))
     }
 
+    /// Runs something with the connection and, if the store prepares, with its statement cache.
+    pub(crate) fn with_cache<T>(
+        &mut self,
+        run: impl FnOnce(&mut Client, Option<&mut StatementCache>) -> T,
+    ) -> T {
+        if !self.prepares {
+            return run(self, None);
+        }
+        let mut cache = mem::take(self.kept::<StatementCache>());
+        let outcome = run(self, Some(&mut cache));
+        *self.kept() = cache;
+        outcome
+    }
+
     fn times(&mut self) -> Option<Times> {
         *self.kept()
     }
@@ -161,10 +175,7 @@ impl PooledClient {
             Ok(false) => self.discard(Peer::Responsive),
             Err(cause) => {
                 self.discard(Peer::Unresponsive);
-                if call.left().is_zero() {
-                    let error = call.no_connection(cause);
-                    return Err(call.last_without_a_connection(error));
-                }
+                call.unless_time_is_over(call.no_connection(cause))?;
             }
         }
         Ok(None)
@@ -267,20 +278,16 @@ pub(crate) fn takes_writes(client: &mut Client) -> Result<bool, postgres::Error>
 /// or would not run again, was not executed; so it is prepared again and runs once more.
 impl Session for PooledClient {
     fn query(&mut self, query: &Query, parameters: Parameters<'_>) -> Outcome<Vec<Row>> {
-        if !self.prepares {
-            return DirectSession::unnamed(&mut **self).query(query, parameters);
-        }
-        let mut cache = mem::take(self.kept::<StatementCache>());
-        let mut run = |cache: &mut StatementCache| {
-            DirectSession { client: &mut **self, cache: Some(cache) }.query(query, parameters)
-        };
-        let mut outcome = run(&mut cache);
-        if outcome.as_ref().is_err_and(|cause| is_stale(cause.as_ref())) {
-            cache.clear(false);
-            outcome = run(&mut cache);
-        }
-        *self.kept() = cache;
-        outcome.map_err(name_the_pooler)
+        self.with_cache(|client, cache| {
+            let mut session = DirectSession { client, cache };
+            let mut outcome = session.query(query, parameters);
+            let Some(cache) = &mut session.cache else { return outcome };
+            if outcome.as_ref().is_err_and(|cause| is_stale(cause.as_ref())) {
+                cache.clear(false);
+                outcome = session.query(query, parameters);
+            }
+            outcome.map_err(name_the_pooler)
+        })
     }
 }
 

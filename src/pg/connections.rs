@@ -171,15 +171,11 @@ impl Connections {
 
     fn client_trusted_for(&self, trusted: Duration, call: &mut Call<'_>) -> Result<PooledClient> {
         loop {
-            let left = call.left();
-            let loan = match self.pool.take(left.min(ROUND)) {
+            let loan = match self.pool.take(call.left().min(ROUND)) {
                 Ok(loan) => loan,
                 Err(timeout) => {
                     let (cause, is_failure) = self.why_there_is_none(timeout);
-                    let error = call.no_connection(cause);
-                    if left <= ROUND {
-                        return Err(call.last_without_a_connection(error));
-                    }
+                    let error = call.unless_time_is_over(call.no_connection(cause))?;
                     if is_failure {
                         call.observe(error);
                     }

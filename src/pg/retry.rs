@@ -144,6 +144,11 @@ impl<'a> Call<'a> {
         Ok(pause)
     }
 
+    /// The error of a wait for a connection, unless it ends the call.
+    pub(crate) fn unless_time_is_over(&mut self, error: Error) -> Result<Error, Error> {
+        if self.left().is_zero() { Err(self.last_without_a_connection(error)) } else { Ok(error) }
+    }
+
     /// The pause, or as much of it as leaves half of the time to the attempt that follows; `None` if the
     /// time is as good as over.
     fn in_time(&self, pause: Duration) -> Option<Duration> {
@@ -167,7 +172,7 @@ impl<'a> Call<'a> {
 
     /// The error of a call that ends because there is no connection. What the server has said before, or why
     /// a connection was discarded, says more.
-    pub(crate) fn last_without_a_connection(&mut self, error: Error) -> Error {
+    fn last_without_a_connection(&mut self, error: Error) -> Error {
         let earlier = self.explained.take().filter(|_| !is_explained(&error));
         self.in_doubt.take().or(earlier).unwrap_or(error)
     }
