@@ -9,7 +9,7 @@ use postgres::{Client, Transaction};
 use super::client::PooledClient;
 use super::connect_error::no_connection;
 use super::errors::{Cause, ErrorClass, Outcome, Rivals, failure, postgres_error, sql_state};
-use super::queries::{LockedRow, Queries, WhileTaken, is_not_as_given};
+use super::queries::{Lock, LockedRow, Queries, WhileTaken, is_not_as_given};
 use super::session::{DirectSession, Session, StatementCache};
 use crate::validate::validate_offset;
 use crate::{Error, Result};
@@ -118,7 +118,8 @@ impl<'a> Attempt<'a> {
         let mut tx = client.transaction().map_err(|cause| Failed::At("begin", cause.into()))?;
         let mut session = DirectSession { client: &mut tx, cache: cache.as_deref_mut() };
         let locked = self.lock(&mut session).map_err(at("lock"))?;
-        let Some((row, from)) = locked else { return Ok(Batch::Taken) };
+        let Some(lock) = locked else { return Ok(Batch::Taken) };
+        let from = lock.offset;
         if let Some(in_doubt) = self.in_doubt.take() {
             // Whoever has brought it there, every event up to there is applied, and once.
             if from >= in_doubt {
@@ -153,7 +154,7 @@ impl<'a> Attempt<'a> {
                     let subject = self.queries.about(self.projection);
                     Err(Failed::LostInClosure(failure("apply", subject, cause)))
                 }
-                Err((_, cause)) => Err(self.not_finished("apply", row, cause)),
+                Err((_, cause)) => Err(self.not_finished("apply", &lock, cause)),
             };
         };
         validate_offset(to).map_err(Failed::InClosure)?;
@@ -161,7 +162,7 @@ impl<'a> Attempt<'a> {
             let reason = "the batch has to end beyond the offset that it began from";
             return Err(Failed::InClosure(Error::InvalidOffset { offset: to, reason }));
         }
-        let save = self.queries.save_and_commit(cache.as_deref(), row, self.projection, to);
+        let save = self.queries.save_and_commit(cache.as_deref(), &lock, self.projection, to);
         let Err((mut tx, cause)) = end(tx, &save) else { return Ok(Batch::Committed(to)) };
         if is_lost(&cause) {
             self.in_doubt = Some(to);
@@ -171,18 +172,20 @@ impl<'a> Attempt<'a> {
         // After a COMMIT that failed there is no transaction any more. If the connection is lost before that is
         // known, nothing has happened all the same.
         let step = if is_aborted(&mut tx).map_err(at("save"))? { "save" } else { "commit" };
-        Err(self.not_finished(step, row, cause))
+        Err(self.not_finished(step, &lock, cause))
     }
 
     /// Why it does not go on after the closure has returned `Ok`.
-    fn not_finished(&mut self, step: &'static str, row: LockedRow, cause: Cause) -> Failed {
+    fn not_finished(&mut self, step: &'static str, lock: &Lock, cause: Cause) -> Failed {
         match sql_state(cause.as_ref()) {
             Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => {
                 let subject = self.queries.about(self.projection);
                 Failed::InClosure(failure("apply", subject, SWALLOWED))
             }
             _ if is_not_as_given(&cause) => Failed::At("save", NotSaved(cause).into()),
-            Some(&SqlState::UNIQUE_VIOLATION) if step == "save" && row == LockedRow::Absent => {
+            Some(&SqlState::UNIQUE_VIOLATION)
+                if step == "save" && lock.row == LockedRow::Absent =>
+            {
                 self.creates_first = true;
                 Failed::At(step, Rivals.into())
             }
@@ -190,26 +193,25 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    fn lock(&self, session: &mut impl Session) -> Outcome<Option<(LockedRow, i64)>> {
+    fn lock(&self, session: &mut impl Session) -> Outcome<Option<Lock>> {
         let Self { queries, projection, creates_first, .. } = *self;
-        let there = |offset| (LockedRow::There, offset);
         // A COMMIT in doubt may still be under way, and only a call that waits for it learns of its outcome.
         let while_taken = if self.in_doubt.is_some() { WhileTaken::Wait } else { self.while_taken };
-        if let Some(offset) = queries.lock_if_there(session, projection, while_taken)? {
-            return Ok(Some(there(offset)));
+        if let Some(lock) = queries.lock_if_there(session, projection, while_taken)? {
+            return Ok(Some(lock));
         }
-        if !queries.lock_absent(session, projection, while_taken)? {
+        let Some(absent) = queries.lock_absent(session, projection, while_taken)? else {
             return Ok(None);
-        }
+        };
         if creates_first {
             queries.lock_new(session, projection)?;
         } else if while_taken == WhileTaken::GiveUp {
             // It was absent when the lock was taken.
-            return Ok(Some((LockedRow::Absent, 0)));
+            return Ok(Some(absent));
         }
         // It may have been created while this transaction waited.
-        let offset = queries.lock_if_there(session, projection, WhileTaken::Wait)?;
-        Ok(Some(offset.map_or((LockedRow::Absent, 0), there)))
+        let there = queries.lock_if_there(session, projection, WhileTaken::Wait)?;
+        Ok(Some(there.unwrap_or(absent)))
     }
 
     /// Says which time limit of the server's has ended the connection under the closure, if one has.

@@ -165,7 +165,7 @@ impl Queries {
 
     pub(crate) fn lock(&self, session: &mut impl Session, projection: &str) -> Outcome<i64> {
         match self.lock_if_there(session, projection, WhileTaken::Wait)? {
-            Some(offset) => Ok(offset),
+            Some(lock) => Ok(lock.offset),
             None => self.lock_new(session, projection),
         }
     }
@@ -183,30 +183,34 @@ impl Queries {
         session: &mut impl Session,
         projection: &str,
         while_taken: WhileTaken,
-    ) -> Outcome<Option<i64>> {
+    ) -> Outcome<Option<Lock>> {
         let query = match while_taken {
             WhileTaken::Wait => &self.sql.lock,
             WhileTaken::GiveUp => &self.sql.try_lock,
         };
         let rows = session.query(query, &[&projection])?;
-        Ok(rows.first().map(|row| row.try_get(0)).transpose()?)
+        let Some(row) = rows.first() else { return Ok(None) };
+        let (offset, began) = (row.try_get("offset")?, row.try_get("began")?);
+        Ok(Some(Lock { row: LockedRow::There, offset, began }))
     }
 
     /// Locks a projection whose row is not there, and writes nothing: a call of `project` that finds
-    /// nothing new leaves nothing behind. `false` if the call does not wait, and another transaction holds the
+    /// nothing new leaves nothing behind. `None` if the call does not wait, and another transaction holds the
     /// row or is creating it.
     pub(crate) fn lock_absent(
         &self,
         session: &mut impl Session,
         projection: &str,
         while_taken: WhileTaken,
-    ) -> Outcome<bool> {
+    ) -> Outcome<Option<Lock>> {
         let query = match while_taken {
             WhileTaken::Wait => &self.sql.lock_absent,
             WhileTaken::GiveUp => &self.sql.try_lock_absent,
         };
         let rows = session.query(query, &[&projection, &self.table.to_string()])?;
-        Ok(unless_hidden(&rows)?.try_get("is_locked")?)
+        let row = unless_hidden(&rows)?;
+        let lock = Lock { row: LockedRow::Absent, offset: 0, began: row.try_get("began")? };
+        Ok(row.try_get::<_, bool>("is_locked")?.then_some(lock))
     }
 
     /// What the message that saves what `project` has locked is made of, prepared for `EXECUTE`.
@@ -220,25 +224,25 @@ impl Queries {
     }
 
     /// Saves what `project` has locked and commits, in one message. It fails before the COMMIT unless the row
-    /// is there as it was given. If the closure has ended the transaction, no row is written, because the lock
-    /// of a row assigns a transaction id and the lock of an absent one a setting, and both end with it. So a
-    /// save never waits for a transaction that the closure has prepared.
+    /// is there as it was given. If the closure has ended the transaction no row is written, because another
+    /// one began at another time. So nothing is saved without the lock, and a save never waits for a
+    /// transaction that the closure has prepared.
     ///
     /// The name is written in ASCII, which is the same in any encoding. After a name beyond ASCII an encoding
     /// that the closure has set is set back, or the next call would be about another name.
     pub(crate) fn save_and_commit(
         &self,
         cache: Option<&StatementCache>,
-        row: LockedRow,
+        lock: &Lock,
         projection: &str,
         offset: i64,
     ) -> String {
-        let save = match row {
+        let save = match lock.row {
             LockedRow::There => &self.sql.project_save,
             LockedRow::Absent => &self.sql.project_create,
         };
-        let (name, offset) = (literal(projection), offset.to_string());
-        let text = |template| StatementCache::text(cache, template, [&name, &offset]);
+        let parameters = [literal(projection), offset.to_string(), format!("{:?}", lock.began)];
+        let text = |template| StatementCache::text(cache, template, &parameters);
         let (save, check) = (text(save), text(&self.sql.project_check));
         let encoding = if projection.is_ascii() { "" } else { "SET client_encoding = 'UTF8';" };
         format!("{save} {check} {encoding} COMMIT")
@@ -252,7 +256,15 @@ pub(crate) enum WhileTaken {
     GiveUp,
 }
 
-/// Whether the row that `project` has locked is there.
+/// A projection that is locked until the transaction ends.
+pub(crate) struct Lock {
+    pub(crate) row: LockedRow,
+    pub(crate) offset: i64,
+    /// When the transaction began, in seconds since 1970. It tells the transaction from the next one.
+    began: f64,
+}
+
+/// Whether the row of a locked projection is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum LockedRow {
     There,

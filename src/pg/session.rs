@@ -17,7 +17,7 @@ pub(crate) struct Query {
     pub(crate) parameters: &'static [Type],
 }
 
-/// A statement whose two parameters, a name and an offset, can stand in its text: `$1` and `$2`.
+/// A statement whose parameters can stand in its text: `$1`, a name; `$2`, an offset; `$3`, a time.
 #[derive(Debug)]
 pub(crate) struct Template {
     /// With the parameters, for the server to bind.
@@ -34,12 +34,17 @@ impl Template {
     }
 
     /// The statement with these expressions as its parameters.
-    pub(crate) fn with(&self, [name, offset]: [&str; 2]) -> String {
+    pub(crate) fn with(&self, [name, offset, time]: &[String; 3]) -> String {
         let mut pieces = self.pieces.iter();
         let mut sql = pieces.next().cloned().unwrap_or_default();
         for piece in pieces {
             let (number, text) = piece.split_at(1);
-            sql.extend([if number == "1" { name } else { offset }, text]);
+            let parameter = match number {
+                "1" => name,
+                "2" => offset,
+                _ => time,
+            };
+            sql.extend([parameter, text]);
         }
         sql
     }
@@ -80,14 +85,18 @@ impl StatementCache {
         // At random, because clients that meet in a session must not meet in a name.
         let name = format!("checkpoint_store_{:016x}", RandomState::new().hash_one(sql));
         client.batch_execute(&format!(
-            "PREPARE {name} (pg_catalog.text, pg_catalog.int8) AS {sql}"
+            "PREPARE {name} (pg_catalog.text, pg_catalog.int8, pg_catalog.float8) AS {sql}"
         ))?;
         self.names.insert(sql.clone(), name);
         Ok(())
     }
 
     /// The text that runs the statement with these expressions as its parameters.
-    pub(crate) fn text(cache: Option<&Self>, template: &Template, parameters: [&str; 2]) -> String {
+    pub(crate) fn text(
+        cache: Option<&Self>,
+        template: &Template,
+        parameters: &[String; 3],
+    ) -> String {
         match cache.and_then(|cache| cache.names.get(&template.sql)) {
             Some(name) => format!("EXECUTE {name} ({});", parameters.join(", ")),
             None => template.with(parameters),

@@ -30,7 +30,7 @@ macro_rules! statements {
             fn with_their_files(&self) -> Vec<(String, &'static str)> {
                 vec![
                     $((self.$name.sql.clone(), file!($name)),)*
-                    $((self.$template.with(["$1", "$2"]), file!($template)),)*
+                    $((self.$template.with(&["$1", "$2", "$3"].map(str::to_owned)), file!($template)),)*
                 ]
             }
         }

@@ -304,7 +304,7 @@ impl<'c> InTransaction<'_, 'c> {
         self.run("try_lock", self.queries.about(projection), |queries, session| {
             match queries.lock_if_there(session, projection, WhileTaken::GiveUp)? {
                 None => lock_if_absent(queries, session.client, projection),
-                locked => Ok(locked),
+                Some(lock) => Ok(Some(lock.offset)),
             }
         })
     }

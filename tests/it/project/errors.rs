@@ -76,7 +76,16 @@ fn who_holds_the_only_connection_and_projects_is_told_so() {
 /// Its work is committed or rolled back by then, and the checkpoint is not locked any more.
 #[test]
 fn a_closure_that_ends_the_transaction_is_an_error_and_its_offset_is_not_saved() {
-    for end in ["COMMIT", "ROLLBACK", "ROLLBACK AND CHAIN", "COMMIT AND CHAIN"] {
+    for end in [
+        "COMMIT",
+        "ROLLBACK",
+        "ROLLBACK AND CHAIN",
+        "COMMIT AND CHAIN",
+        "COMMIT; BEGIN",
+        // These have a transaction id, as the transaction that holds the lock has.
+        "COMMIT; BEGIN; SELECT pg_current_xact_id()",
+        "ROLLBACK AND CHAIN; CREATE TEMPORARY TABLE work () ON COMMIT DROP",
+    ] {
         for prepared in [false, true] {
             for is_there in [false, true] {
                 let stage = Stage::new();
