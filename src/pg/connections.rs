@@ -13,10 +13,9 @@ use super::client::{History, PooledClient, TRUSTED, TRUSTED_BEFORE_A_WRITE};
 use super::close::close;
 use super::connect::Connector;
 use super::connect_error::{AllInUse, ConnectError, NoConnection};
-use super::errors::{Cause, ErrorClass, Outcome, names_its_cause};
+use super::errors::{Cause, ErrorClass, Outcome, Subject, names_its_cause};
 use super::pool::{Loan, NoThread, Pool};
 use super::prepared::{SharedSession, is_shared};
-use super::queries::Subject;
 use super::retry::{Call, Next, Observer, deadline_after};
 use crate::Result;
 

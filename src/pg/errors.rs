@@ -6,6 +6,7 @@ use std::io;
 
 use postgres::error::{Severity, SqlState};
 
+use super::identifier::Table;
 use crate::Error;
 use crate::error::{CALLERS_POOL, CALLERS_STATEMENT, causes};
 
@@ -47,6 +48,26 @@ impl ErrorClass {
                 Self::RolledBack
             }
             _ => Self::Permanent,
+        }
+    }
+}
+
+/// What an operation is about, written down only when it fails.
+#[derive(Clone, Copy)]
+pub(crate) enum Subject<'a> {
+    Projection(&'a str, &'a Table),
+    Projections(usize, &'a Table),
+    All(&'a Table),
+    Pool,
+}
+
+impl fmt::Display for Subject<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Projection(name, table) => write!(f, "projection {name:?} in table {table}"),
+            Self::Projections(count, table) => write!(f, "{count} checkpoints in table {table}"),
+            Self::All(table) => write!(f, "table {table}"),
+            Self::Pool => f.write_str("the store's pool"),
         }
     }
 }

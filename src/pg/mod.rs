@@ -1,16 +1,17 @@
 //! The PostgreSQL store: what users call.
 //!
-//! How a `save` travels. [`PostgresCheckpointStore::save`] checks its arguments and that the thread is not in
-//! the closure of `project`. With group commit, [`group`] decides whether the call writes alone or shares a
-//! statement. Either way [`Connections::run`] is the loop: it takes a connection from the [`pool`], tests it if
-//! it is suspect ([`client`] knows), makes one in an empty slot ([`connect`], [`targets`]), and runs the
-//! statement, a function of [`queries`], in a [`session`]. After an error [`errors`] says what it means for the
-//! connection and for another attempt, and [`retry`] how long to pause, when to give up, and what the observer
-//! is told.
+//! How a `save` travels. [`PostgresCheckpointStore::save`] checks its arguments and that the thread is not
+//! [`inside`] the closure of `project`. A [`Call`] says what it is about and until when it is tried. With group
+//! commit, [`group`] decides whether the call writes alone or shares a statement. Either way
+//! [`Connections::run`] is the loop: it takes a connection from the [`pool`], tests it if it is suspect
+//! ([`client`] knows), makes one in an empty slot ([`connect`], [`targets`]), and runs the statement, a function
+//! of [`queries`], in a [`session`]. After an error [`errors`] says what it means for the connection and for
+//! another attempt, and the `Call`, in [`retry`], how long to pause, when to give up, and what the observer is
+//! told.
 //!
 //! How a `project` travels. [`attempt`] is one attempt, from BEGIN to COMMIT; [`project`] repeats it: the
-//! connection comes from [`Connections::client`], the lock and the save from [`queries`], and [`retry`] decides.
-//! It differs in that a lost COMMIT is looked up, under the lock, by the next attempt.
+//! connection comes from [`Connections::client`], the lock and the save from [`queries`], and the `Call`
+//! decides. It differs in that a lost COMMIT is looked up, under the lock, by the next attempt.
 //!
 //! The caller's own transaction, [`transaction`], uses [`queries`] and nothing else: there nothing is repeated.
 
@@ -59,10 +60,12 @@ pub use self::transaction::InTransaction;
 
 use self::connect_error::no_connection;
 use self::connections::{AfterLoss, Connections};
+use self::errors::Subject;
 use self::group::{Executed, Group, GroupError, Write};
 use self::identifier::Table;
 use self::migrate::{Migration, migrate};
-use self::queries::{Queries, Subject};
+use self::queries::Queries;
+
 use self::retry::{Call, deadline_after};
 use crate::store::poll;
 use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};

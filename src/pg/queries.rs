@@ -1,14 +1,13 @@
 //! The store's statements: one function an operation, for the pool and for the caller's transaction alike.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use postgres::error::SqlState;
 use postgres::types::{FromSql, Type};
 use postgres::{GenericClient, Row};
 
-use super::errors::{Cause, Outcome, Rivals};
+use super::errors::{Cause, Outcome, Rivals, Subject};
 use super::group::{Stored, Write};
 use super::identifier::{Table, literal};
 use super::session::{Session, StatementCache};
@@ -269,26 +268,6 @@ pub(crate) struct Lock {
 pub(crate) enum LockedRow {
     There,
     Absent,
-}
-
-/// What an operation is about, written down only when it fails.
-#[derive(Clone, Copy)]
-pub(crate) enum Subject<'a> {
-    Projection(&'a str, &'a Table),
-    Projections(usize, &'a Table),
-    All(&'a Table),
-    Pool,
-}
-
-impl fmt::Display for Subject<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Projection(name, table) => write!(f, "projection {name:?} in table {table}"),
-            Self::Projections(count, table) => write!(f, "{count} checkpoints in table {table}"),
-            Self::All(table) => write!(f, "table {table}"),
-            Self::Pool => f.write_str("the store's pool"),
-        }
-    }
 }
 
 /// What a compare-and-set came to.

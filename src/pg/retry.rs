@@ -4,8 +4,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
 use super::connect_error::no_connection;
-use super::errors::{Cause, failure, is_explained};
-use super::queries::Subject;
+use super::errors::{Cause, Subject, failure, is_explained};
 use crate::Error;
 
 /// A call that is about to be attempted again; see

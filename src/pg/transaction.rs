@@ -6,8 +6,8 @@ use postgres::Transaction;
 use postgres::error::SqlState;
 
 use super::connections::Connections;
-use super::errors::{ErrorClass, Outcome, failure, sql_state};
-use super::queries::{Queries, Subject, WhileTaken};
+use super::errors::{ErrorClass, Outcome, Subject, failure, sql_state};
+use super::queries::{Queries, WhileTaken};
 use super::session::DirectSession;
 use crate::validate::{validate_advance, validate_all, validate_offset, validate_projection};
 use crate::{Checkpoint, Result};
@@ -195,7 +195,7 @@ impl<'c> InTransaction<'_, 'c> {
     ///
     /// As [`CheckpointStore::advance`](crate::CheckpointStore::advance). In a `REPEATABLE READ` or
     /// `SERIALIZABLE` transaction, the commit of another worker is a serialization failure rather than a
-    /// `Conflict`; it [is transient](Error::is_transient).
+    /// `Conflict`; it [is transient](crate::Error::is_transient).
     ///
     /// # Examples
     ///
@@ -247,7 +247,7 @@ impl<'c> InTransaction<'_, 'c> {
     ///
     /// It waits as long as that takes. `SET LOCAL lock_timeout = '5s'` bounds the wait in this transaction, and
     /// `options='-c lock_timeout=5s'` in the connection parameters bounds it in all of them. The error of a
-    /// wait that is too long [is transient](Error::is_transient).
+    /// wait that is too long [is transient](crate::Error::is_transient).
     ///
     /// While the transaction is open, do not write the same projection through the store itself, as with
     /// `store.save`: that call waits for this transaction, on the thread that is to commit it. Only
@@ -258,8 +258,8 @@ impl<'c> InTransaction<'_, 'c> {
     ///
     /// # Errors
     ///
-    /// [`InvalidProjection`](Error::InvalidProjection); [`Unavailable`](Error::Unavailable) or
-    /// [`Backend`](Error::Backend), which is transient after a deadlock and, in a
+    /// [`InvalidProjection`](crate::Error::InvalidProjection); [`Unavailable`](crate::Error::Unavailable) or
+    /// [`Backend`](crate::Error::Backend), which is transient after a deadlock and, in a
     /// `REPEATABLE READ` or `SERIALIZABLE` transaction, when a rival has committed since its
     /// snapshot.
     ///
