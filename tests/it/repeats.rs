@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore, Result};
+use checkpoint_store::postgres::error::SqlState;
+use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore, Result, Retry};
 
 use crate::harness::{self, Cut, Gate, Proxy, Schema, chain, wait_until};
 
@@ -106,6 +107,30 @@ fn without_a_rival_a_lost_write_is_done_once_and_its_caller_sees_no_error() {
                 assert_eq!(offsets(&schema), expected, "{text}, {place:?}");
             }
         }
+    }
+}
+
+/// Of a write it is unknown whether the lost attempt was executed, and a read has nothing to be unknown.
+#[test]
+fn what_is_refused_after_a_loss_is_unavailable_only_if_it_may_have_written() {
+    let schema = Schema::new();
+    let proxy = Proxy::to(harness::server().port());
+    let rename = |from, to| format!("ALTER TABLE {}.{from} RENAME TO {to}", schema.name);
+    let hide = rename("projection_checkpoints", "hidden");
+    let hides = move |_: &Retry<'_>| harness::server().client().batch_execute(&hide).unwrap();
+    let store = PostgresCheckpointStore::builder().schema(&schema.name).on_retry(hides);
+    let store = store.connect(&proxy.params()).unwrap();
+    let find: Write = ("SELECT projection_name", |store| store.find("p").map(drop));
+    for (text, call) in WRITES.into_iter().chain([find]) {
+        set_the_scene(&schema);
+        store.get("p").unwrap();
+        proxy.cut(text, Cut::BeforeTheRequest);
+        let error = call(&store).expect_err(text);
+        assert_eq!(error.sql_state(), Some(&SqlState::UNDEFINED_TABLE), "{text}: {error:?}");
+        let is_a_read = text == find.0;
+        assert_eq!(matches!(error, Error::Backend { .. }), is_a_read, "{text}: {error:?}");
+        let show = rename("hidden", "projection_checkpoints");
+        schema.client().batch_execute(&show).unwrap();
     }
 }
 
