@@ -204,6 +204,7 @@ impl<'a> Attempt<'a> {
             return Ok(None);
         };
         if creates_first {
+            // Under the same advisory lock, which this transaction has already.
             queries.lock_new(session, projection)?;
         } else if while_taken == WhileTaken::GiveUp {
             // It was absent when the lock was taken.

@@ -175,7 +175,7 @@ impl PooledClient {
             Ok(false) => self.discard(Peer::Responsive),
             Err(cause) => {
                 self.discard(Peer::Unresponsive);
-                call.unless_time_is_over(call.no_connection(cause))?;
+                call.end_if_time_is_over(call.no_connection(cause))?;
             }
         }
         Ok(None)

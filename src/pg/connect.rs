@@ -4,6 +4,7 @@ use std::any::Any;
 use std::error::Error as StdError;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
+use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicIsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -87,11 +88,11 @@ impl Connector {
         untried.sort_by_cached_key(|_| self.random());
         let mut failures = Vec::new();
         while !untried.is_empty() {
-            untried.sort_by_cached_key(|(target, address)| match address {
-                Some(address) => unresponsive::contains(address),
-                None => {
-                    target.known().is_some_and(|known| known.iter().all(unresponsive::contains))
-                }
+            // Those that have not answered the last time go last, and the others keep their order.
+            untried.sort_by_cached_key(|(target, address)| {
+                let given = address.as_ref().map(|address| vec![address.clone()]);
+                let known = given.unwrap_or_else(|| target.known_addresses());
+                !known.is_empty() && known.iter().all(unresponsive::contains)
             });
             let (target, address) = untried.remove(0);
             // Each that is still untried keeps an equal share of the time.
@@ -117,7 +118,7 @@ impl Connector {
         Err(ConnectError::new(failures))
     }
 
-    /// What the hosts and addresses are ordered by.
+    /// What hosts and addresses are sorted by. If it is the same for all they keep their order.
     fn random(&self) -> u64 {
         if self.in_random_order { RandomState::new().hash_one(0) } else { 0 }
     }
@@ -137,6 +138,9 @@ impl Connector {
         address: &Address,
         wait: &mut Wait<'_>,
     ) -> Result<Client, Failure> {
+        if self.hung_providers.load(Ordering::Relaxed) >= MOST_HUNG_PROVIDERS {
+            return Err(Failure::HungProviders);
+        }
         let began = Instant::now();
         let no_answer =
             || Failure::NoAnswer { address: address.name.clone(), within: began.elapsed() };
@@ -164,9 +168,6 @@ impl Connector {
         provider: Arc<PasswordProvider>,
         wait: &mut Wait<'_>,
     ) -> Result<String, Failure> {
-        if self.hung_providers.load(Ordering::Relaxed) >= MOST_HUNG_PROVIDERS {
-            return Err(Failure::HungProviders);
-        }
         let began = Instant::now();
         let no_answer = || Failure::NoPassword { within: began.elapsed() };
         let connector = Arc::clone(self);
@@ -175,12 +176,11 @@ impl Connector {
         };
         let ask = move || catch_unwind(AssertUnwindSafe(|| provider()));
         let password = spawn("pg-password", ask, late)?;
-        let outcome = wait.receive(no_answer, &password);
-        if outcome.is_err() {
-            self.hung_providers.fetch_add(1, Ordering::Relaxed);
-        }
+        let hung = Hung(&self.hung_providers);
+        let answer = wait.receive(no_answer, &password)?;
+        mem::forget(hung);
         // What a panic says may hold the password.
-        outcome?.map_err(|_| Failure::ProviderPanicked)?.map_err(Failure::Provider)
+        answer.map_err(|_| Failure::ProviderPanicked)?.map_err(Failure::Provider)
     }
 
     /// On a thread of its own.
@@ -203,11 +203,25 @@ impl Connector {
     /// On the thread of the login, which may wait until a connection is closed.
     fn keep_for_a_while(&self, late: Result<Client, Failure>) {
         let Ok(client) = late else { return };
-        let earlier = self.spare().replace(client);
-        drop(earlier);
+        let mut spare = self.spare();
+        if spare.is_some() {
+            drop(spare);
+            return drop(client);
+        }
+        *spare = Some(client);
+        drop(spare);
         thread::sleep(SPARE_LIVES_FOR);
         let unused = self.spare().take();
         drop(unused);
+    }
+}
+
+/// Counts a call of the provider as hung when its caller gives up, by a panic too.
+struct Hung<'a>(&'a AtomicIsize);
+
+impl Drop for Hung<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -347,6 +361,29 @@ mod tests {
             let deadline = Instant::now() + Duration::from_secs(60);
             close(connector.connect(deadline, &mut drop).expect("a connection"));
         });
+    }
+
+    #[test]
+    fn a_provider_that_hangs_is_counted_until_it_returns_even_if_the_observer_panics() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let mut connector = connector(&listener);
+        let (answer, answers) = std::sync::mpsc::channel::<String>();
+        let answers = Mutex::new(answers);
+        let shared = Arc::get_mut(&mut connector).expect("the only handle");
+        shared.password_provider = Some(Arc::new(move || {
+            let answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
+            Ok(answers.recv()?)
+        }));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let connect = || connector.connect(deadline, &mut |_| panic!("on purpose")).map(drop);
+        assert!(catch_unwind(AssertUnwindSafe(connect)).is_err());
+        assert_eq!(connector.hung_providers.load(Ordering::Relaxed), 1);
+        answer.send("p".to_owned()).expect("it waits");
+        // The thread of the provider has its handle until it has counted itself out.
+        while Arc::strong_count(&connector) > 1 {
+            thread::yield_now();
+        }
+        assert_eq!(connector.hung_providers.load(Ordering::Relaxed), 0);
     }
 
     #[test]

@@ -46,7 +46,7 @@ pub(crate) struct Connections {
 pub(crate) enum AfterLoss {
     /// Run again: it only reads, or does the same however often it runs.
     Repeat,
-    /// Run again as a statement that finds out whether it may.
+    /// Run again, as a statement that finds out whether it may.
     RepeatIfUnwritten,
     /// Be reported: it may have been executed.
     Fail,
@@ -151,10 +151,7 @@ impl Connections {
                 Err(cause) => cause,
             };
             let class = client.check_in_after(cause.as_ref());
-            let mut error = call.failure(cause);
-            if call.lost.is_some() {
-                error = error.with_unknown_outcome();
-            }
+            let error = call.failure(cause);
             if class == ErrorClass::ConnectionLost && after_loss == AfterLoss::RepeatIfUnwritten {
                 call.lost.get_or_insert(taken);
             }
@@ -170,11 +167,15 @@ impl Connections {
 
     fn client_trusted_for(&self, trusted: Duration, call: &mut Call<'_>) -> Result<PooledClient> {
         loop {
+            if self.found_shared_session.load(Ordering::Relaxed) {
+                let error = call.failure(SharedSession { cause: None });
+                return Err(call.last(error));
+            }
             let loan = match self.pool.take(call.left().min(ROUND)) {
                 Ok(loan) => loan,
                 Err(timeout) => {
                     let (cause, is_failure) = self.why_there_is_none(timeout);
-                    let error = call.unless_time_is_over(call.no_connection(cause))?;
+                    let error = call.end_if_time_is_over(call.no_connection(cause))?;
                     if is_failure {
                         call.observe(error);
                     }
@@ -191,16 +192,13 @@ impl Connections {
                     self.lend(loan).tested(trusted, call)?
                 }
             };
-            if self.found_shared_session.load(Ordering::Relaxed) {
-                return Err(call.failure(SharedSession { cause: None }));
-            }
             if let Some(client) = client {
                 return Ok(client);
             }
         }
     }
 
-    /// Makes a connection in an empty slot. `None`: it is time for another attempt.
+    /// Makes a connection in an empty slot. `None`: it was not made, or must not be used.
     fn connect(
         &self,
         connector: &Arc<Connector>,
@@ -212,7 +210,8 @@ impl Connections {
         match connector.connect(deadline, &mut tell).and_then(|client| self.inspect(client)) {
             Ok(client) => {
                 *self.outage() = None;
-                Ok(Some(self.fill(slot, client)))
+                let client = self.fill(slot, client);
+                Ok((!self.found_shared_session.load(Ordering::Relaxed)).then_some(client))
             }
             Err(cause) => {
                 slot.abandon();

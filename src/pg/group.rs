@@ -164,7 +164,7 @@ impl Group {
         }
         let _inside = Inside::enter(self);
         let is_save = write.from.is_none();
-        let call = Call::begin(self, write);
+        let call = RequestGuard::begin(self, write);
         let mut state = call.wait(deadline, waiting);
         if let State::Leader(_) = state {
             state = call.lead(together);
@@ -243,12 +243,12 @@ impl Request {
 
 /// A call on its own thread. Its drop, by a panic too, lets it return: whatever its state is, no other
 /// call is left waiting for it.
-struct Call<'a> {
+struct RequestGuard<'a> {
     group: &'a Group,
     request: Arc<Request>,
 }
 
-impl<'a> Call<'a> {
+impl<'a> RequestGuard<'a> {
     fn begin(group: &'a Group, write: Write) -> Self {
         let state = Mutex::new(State::Waiting);
         let request = Arc::new(Request { write, state, changed: Condvar::new() });
@@ -347,7 +347,7 @@ impl<'a> Call<'a> {
     }
 }
 
-impl Drop for Call<'_> {
+impl Drop for RequestGuard<'_> {
     fn drop(&mut self) {
         if self.state().is_waiting() {
             self.give_up(); // what it called meanwhile has panicked
@@ -456,20 +456,20 @@ mod tests {
         }
 
         /// Begins a call without a thread of its own.
-        fn begin(&self, projection: &str) -> Call<'_> {
+        fn begin(&self, projection: &str) -> RequestGuard<'_> {
             let write = Write { projection: projection.to_owned(), from: None, to: 1 };
-            Call::begin(&self.group, write)
+            RequestGuard::begin(&self.group, write)
         }
 
         /// A call that goes alone, and returns when it is dropped.
-        fn occupy(&self, projection: &str) -> Call<'_> {
+        fn occupy(&self, projection: &str) -> RequestGuard<'_> {
             let call = self.begin(projection);
             assert!(matches!(call.wait(far_away(), || {}), State::Alone));
             call
         }
 
         /// Lets the leader of a group send its statement and return.
-        fn lead(&self, leader: Call<'_>) {
+        fn lead(&self, leader: RequestGuard<'_>) {
             let state = leader.wait(far_away(), || {});
             assert!(matches!(state, State::Leader(_)), "{state:?}");
             let outcome = leader.lead(|writes| Ok(self.store(writes)));

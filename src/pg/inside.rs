@@ -16,7 +16,8 @@ pub(crate) struct Inside;
 
 impl Inside {
     pub(crate) fn enter<T>(thing: &T) -> Self {
-        // At the end of the thread it has no storage, and nothing is remembered.
+        // When the thread has ended so far that its storage is gone, nothing is remembered, and what would be
+        // refused waits until its deadline.
         let _ = INSIDE.try_with(|things| things.borrow_mut().push(ptr::from_ref(thing).addr()));
         Self
     }

@@ -265,7 +265,7 @@ impl PostgresCheckpointStore {
         let Shared { queries, connections, updated_at_index, .. } = &*self.shared;
         let table = &queries.table;
         let mut call = connections.call("migrate", queries.about_all());
-        let migration = connections.run(&mut call, AfterLoss::Repeat, |client, _| {
+        let migration = connections.run(&mut call, AfterLoss::RepeatIfUnwritten, |client, _| {
             migrate(client, table, *updated_at_index)
         })?;
         match migration {
@@ -340,8 +340,8 @@ impl PostgresCheckpointStore {
         self.shared.connections.state()
     }
 
-    /// Writes alone, or with group commit perhaps together with others. `alone` is given when the group of the
-    /// call began to write, if its write may have been executed.
+    /// Writes alone, or with group commit perhaps together with others. If its group may have executed the
+    /// write, the call that `alone` gets says when it began.
     fn write(
         &self,
         operation: &'static str,

@@ -223,9 +223,9 @@ impl Queries {
     }
 
     /// Saves what `project` has locked and commits, in one message. It fails before the COMMIT unless the row
-    /// is there as it was given. If the closure has ended the transaction no row is written, because another
-    /// one began at another time. So nothing is saved without the lock, and a save never waits for a
-    /// transaction that the closure has prepared.
+    /// is there as it was given. If the closure has ended the transaction it fails too, and no row is written,
+    /// because another transaction began at another time. So nothing is saved without the lock, and a save
+    /// never waits for a transaction that the closure has prepared.
     ///
     /// The name is written in ASCII, which is the same in any encoding. After a name beyond ASCII an encoding
     /// that the closure has set is set back, or the next call would be about another name.

@@ -97,9 +97,11 @@ impl<'a> Call<'a> {
         self.deadline.saturating_duration_since(Instant::now())
     }
 
-    /// The error of a statement of the call.
+    /// The error of a statement of the call. It does not say that nothing was written if an earlier attempt
+    /// may have been executed.
     pub(crate) fn failure(&self, cause: impl Into<Cause>) -> Error {
-        failure(self.operation, self.subject, cause)
+        let error = failure(self.operation, self.subject, cause);
+        if self.lost.is_some() { error.with_unknown_outcome() } else { error }
     }
 
     /// The error of the call if there is no connection for it.
@@ -143,8 +145,8 @@ impl<'a> Call<'a> {
         Ok(pause)
     }
 
-    /// The error of a wait for a connection, unless it ends the call.
-    pub(crate) fn unless_time_is_over(&mut self, error: Error) -> Result<Error, Error> {
+    /// Ends the call with the error of a wait for a connection, if its time is over.
+    pub(crate) fn end_if_time_is_over(&mut self, error: Error) -> Result<Error, Error> {
         if self.left().is_zero() { Err(self.last_without_a_connection(error)) } else { Ok(error) }
     }
 

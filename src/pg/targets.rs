@@ -17,7 +17,7 @@ pub(crate) struct Target {
     name: String,
     /// The address, if no host name has to be looked up for it.
     pub(crate) address: Option<Address>,
-    known: Mutex<Option<Vec<Address>>>,
+    known: Mutex<Vec<Address>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -77,12 +77,12 @@ impl Target {
     /// Looks up the host name, for as long as that takes.
     pub(crate) fn look_up(&self) -> io::Result<Vec<Address>> {
         let addresses: Vec<_> = self.name.to_socket_addrs()?.map(Address::from).collect();
-        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(addresses.clone());
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&addresses);
         Ok(addresses)
     }
 
     /// The addresses that the last lookup of the host name found.
-    pub(crate) fn known(&self) -> Option<Vec<Address>> {
+    pub(crate) fn known_addresses(&self) -> Vec<Address> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use super::connect_error::{ConnectError, Failure};
 use super::retry::NOTICE_AFTER;
 
-/// How long one attempt to connect waits. Its caller is told once what it waits for.
+/// How a call waits for its connection. It is told once what it waits for.
 pub(crate) struct Wait<'a> {
+    /// When the time of the address, or of the lookup, that is being tried is over: to be set before it.
     pub(crate) until: Instant,
     notice_at: Option<Instant>,
     tell: &'a mut dyn FnMut(ConnectError),

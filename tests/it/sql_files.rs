@@ -14,8 +14,10 @@ fn parameters(file: &str) -> (&'static str, &'static str) {
         "lock_new.sql" | "lock_absent.sql" | "try_lock_absent.sql" => {
             ("(text, text)", "('it''s', 'public.projection_checkpoints')")
         }
-        "save.sql" | "project_check.sql" => ("(text, bigint)", "('it''s', 42)"),
-        "project_save.sql" | "project_create.sql" => ("(text, bigint, float8)", "('it''s', 42, 0)"),
+        "save.sql" => ("(text, bigint)", "('it''s', 42)"),
+        "project_save.sql" | "project_create.sql" | "project_check.sql" => {
+            ("(text, bigint, float8)", "('it''s', 42, date_part('epoch', now()))")
+        }
         "advance.sql" | "advance_or_find.sql" => ("(text, bigint, bigint)", "('it''s', 0, 42)"),
         "save_many.sql" => ("(text[], bigint[])", "('{a, b}', '{1, 2}')"),
         "save_again.sql" => {
