@@ -2,9 +2,8 @@
 
 use std::fmt::{Debug, Display};
 use std::hint;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::resume_unwind;
 use std::sync::Barrier;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{RecvTimeoutError::Timeout, channel};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
@@ -325,11 +324,13 @@ fn in_threads<T: Send>(count: usize, work: impl Fn(usize) -> T + Sync) -> Vec<T>
     thread::scope(|scope| {
         let in_thread = &in_thread;
         let threads: Vec<_> = (0..count).map(|i| scope.spawn(move || in_thread(i))).collect();
-        let join = |thread: ScopedJoinHandle<'_, T>| {
-            thread.join().unwrap_or_else(|panic| resume_unwind(panic))
-        };
         threads.into_iter().map(join).collect()
     })
+}
+
+/// Passes on the message of a panic, which the end of the scope would replace.
+fn join<T>(thread: ScopedJoinHandle<'_, T>) -> T {
+    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
 }
 
 /// Enough rounds to hit a short window: few for a slow store, many for a fast one.
@@ -340,20 +341,17 @@ fn rounds() -> impl Iterator<Item = i64> {
     (1..).take_while(move |&round| round <= LEAST || started.elapsed() < LEAST_TIME)
 }
 
-/// Runs `rival` repeatedly in several threads while `work` runs.
-fn with_rivals(rival: impl Fn() + Sync, work: impl Fn() + Sync) {
+/// Runs `work` in rounds, and `rival` repeatedly in several other threads meanwhile.
+fn with_rivals(rival: impl Fn() + Sync, work: impl Fn(i64) + Send) {
     const RIVALS: usize = 3;
-    let over = AtomicBool::new(false);
-    in_threads(RIVALS + 1, |thread| {
-        if thread > 0 {
-            while !over.load(Ordering::Relaxed) {
+    thread::scope(|scope| {
+        let working = scope.spawn(|| rounds().for_each(work));
+        in_threads(RIVALS, |_| {
+            while !working.is_finished() {
                 rival();
             }
-            return;
-        }
-        let outcome = catch_unwind(AssertUnwindSafe(&work));
-        over.store(true, Ordering::Relaxed);
-        outcome.unwrap_or_else(|panic| resume_unwind(panic));
+        });
+        join(working);
     });
 }
 
@@ -362,14 +360,12 @@ fn no_save_of_concurrent_threads_is_lost(store: &dyn CheckpointStore) {
     let rule = "no save may be lost to the save of another thread";
     let saved = in_threads(THREADS, |i| {
         let name = &names[i];
-        let mut last = 0;
-        for offset in rounds() {
+        rounds().fold(0, |last, offset| {
             check(get(store, name), last, rule);
             ok(store.save(name, offset));
             check(get(store, name), offset, "a save must be visible to the next get of its thread");
-            last = offset;
-        }
-        last
+            offset
+        })
     });
     for (name, last) in names.iter().zip(saved) {
         check(get(store, name), last, rule);
@@ -448,32 +444,28 @@ fn no_advance_undoes_an_earlier_write(store: &dyn CheckpointStore) {
         thread::sleep(Duration::from_micros(50));
         look(start, operation);
     };
-    let work = || {
-        for round in rounds() {
-            let start = 2 * round * HIGHER;
-            ok(store.save("stairs", start));
-            look_twice(start, "save");
-            ok(store.save_many(&[("stairs", start + HIGHER)]));
-            look_twice(start + HIGHER, "save_many");
-            delete(store, "stairs");
-            look_twice(0, "delete");
-        }
+    let work = |round| {
+        let start = 2 * round * HIGHER;
+        ok(store.save("stairs", start));
+        look_twice(start, "save");
+        ok(store.save_many(&[("stairs", start + HIGHER)]));
+        look_twice(start + HIGHER, "save_many");
+        delete(store, "stairs");
+        look_twice(0, "delete");
     };
     with_rivals(|| _ = step(store, "stairs"), work);
 }
 
 /// Several threads create the checkpoint if there is none, while another thread deletes and saves it.
 fn no_advance_from_no_checkpoint_undoes_a_save(store: &dyn CheckpointStore) {
-    let work = || {
-        for round in rounds() {
-            ok(store.save("stairs", 9));
-            for _ in 0..3 {
-                check(get(store, "stairs"), 9, "an advance from 0 must not undo an earlier save");
-            }
-            delete(store, "stairs");
-            // A different pause each time, because the moment at which another thread reads is unknown.
-            (0..round % 32).for_each(|_| hint::spin_loop());
+    let work = |round| {
+        ok(store.save("stairs", 9));
+        for _ in 0..3 {
+            check(get(store, "stairs"), 9, "an advance from 0 must not undo an earlier save");
         }
+        delete(store, "stairs");
+        // A different pause each time, because the moment at which another thread reads is unknown.
+        (0..round % 32).for_each(|_| hint::spin_loop());
     };
     with_rivals(|| _ = advance(store, "stairs", 0, 1), work);
 }
