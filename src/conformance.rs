@@ -8,6 +8,7 @@ use std::sync::mpsc::{RecvTimeoutError::Timeout, channel};
 use std::thread::{self, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
+use crate::store::poll;
 use crate::{Checkpoint, CheckpointStore, Error, Result};
 
 const THREADS: usize = 8;
@@ -115,21 +116,17 @@ fn each_save_renews_updated_at(store: &dyn CheckpointStore) {
         ("save_many", |store, _, to| store.save_many(&[("time", to)])),
     ];
     ok(store.save("time", 0));
-    let mut offset = 0;
     // Saving the stored offset again is a save, too.
     for ((operation, save), step) in saves.into_iter().flat_map(|save| [(save, 0), (save, 1)]) {
-        let before = find(store, "time").updated_at;
-        let mut after = before;
+        let before = find(store, "time");
         // The clock of the store may be coarse.
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while after == before && Instant::now() < deadline {
-            thread::sleep(Duration::from_millis(1));
-            ok(save(store, offset, offset + step));
-            offset += step;
-            after = find(store, "time").updated_at;
-        }
+        let renewed = poll(Duration::from_secs(5), || {
+            let offset = find(store, "time").offset;
+            save(store, offset, offset + step)?;
+            Ok(find(store, "time").updated_at > before.updated_at)
+        });
         check(
-            after > before,
+            ok(renewed),
             true,
             format_args!(
                 "{operation} must renew updated_at, even if the offset stays the same (it moved by {step})"
@@ -194,11 +191,11 @@ fn invalid_input_changes_nothing(store: &dyn CheckpointStore) {
             );
         }
     }
-    let negative = [("good", -1), ("other", -1), ("other", i64::MIN)];
+    let negative = [("good", -1), ("other", -1), ("other", i64::MIN)]
+        .map(|(name, offset)| with_offset(name, offset));
     let advances = [(5, -1), (i64::MIN, 5), (-2, -1), (5, 4)]
         .map(|(from, to)| ("advance", store.advance("good", from, to)));
-    let negative = negative.into_iter().flat_map(|(name, offset)| with_offset(name, offset));
-    for (what, result) in negative.chain(advances) {
+    for (what, result) in negative.into_iter().flatten().chain(advances) {
         assert!(
             matches!(result, Err(Error::InvalidOffset { .. })),
             "conformance: {what} must refuse invalid offsets with InvalidOffset, but returned {result:?}"
@@ -209,16 +206,17 @@ fn invalid_input_changes_nothing(store: &dyn CheckpointStore) {
 
 fn advance_moves_only_from_the_expected_offset(store: &dyn CheckpointStore) {
     let conflict = |from: i64, to: i64, stored_offset: i64, why: &str| {
-        match store.advance("steps", from, to) {
-            Err(Error::Conflict { projection, expected, found }) => check(
-                (projection.as_str(), expected, found),
-                ("steps", from, stored_offset),
-                "a Conflict must name the projection, the expected offset and the one found",
-            ),
-            other => panic!(
-                "conformance: advance from {from} to {to} must be a Conflict {why}, but returned {other:?}"
-            ),
-        }
+        let outcome = store.advance("steps", from, to);
+        let Err(Error::Conflict { projection, expected, found }) = &outcome else {
+            panic!(
+                "conformance: advance from {from} to {to} must be a Conflict {why}, but returned {outcome:?}"
+            );
+        };
+        check(
+            (projection.as_str(), *expected, *found),
+            ("steps", from, stored_offset),
+            "a Conflict must name the projection, the expected offset and the one found",
+        );
         check(stored(store, "steps"), stored_offset, "a Conflict must change nothing");
     };
     conflict(1, 2, 0, "if there is no checkpoint");
@@ -397,28 +395,31 @@ fn step(store: &dyn CheckpointStore, projection: &str) -> bool {
     advance(store, projection, from, from + 1)
 }
 
+/// The sum of what `round` returns, over several threads and many rounds.
+fn sum_of_rounds(round: impl Fn() -> i64 + Sync) -> i64 {
+    in_threads(THREADS, |_| rounds().map(|_| round()).sum::<i64>()).into_iter().sum()
+}
+
 /// An `advance` that reads and then writes without a lock loses a step sooner or later.
 fn no_concurrent_advance_is_lost(store: &dyn CheckpointStore) {
-    let steps =
-        in_threads(THREADS, |_| rounds().map(|_| i64::from(step(store, "stairs"))).sum::<i64>());
+    let steps = sum_of_rounds(|| step(store, "stairs").into());
     check(
         get(store, "stairs"),
-        steps.into_iter().sum(),
+        steps,
         "of several callers that advance from one offset, exactly one must succeed, so that no step is lost",
     );
 }
 
 /// What is created by `advance` is deleted once, or left.
 fn exactly_one_concurrent_delete_returns_true(store: &dyn CheckpointStore) {
-    let round = |_| {
+    let surplus = sum_of_rounds(|| {
         let created = advance(store, "fleeting", 0, 1);
         let deleted = ok(store.delete("fleeting"));
         i64::from(created) - i64::from(deleted)
-    };
-    let surplus = in_threads(THREADS, |_| rounds().map(round).sum::<i64>());
+    });
     let left = ok(store.delete("fleeting"));
     check(
-        surplus.into_iter().sum::<i64>(),
+        surplus,
         left.into(),
         "of several callers that create one checkpoint by advance, exactly one must succeed, and of several \
          that delete it, exactly one must get true",
@@ -430,19 +431,17 @@ fn exactly_one_concurrent_delete_returns_true(store: &dyn CheckpointStore) {
 /// it, is visible: the offset is lower than the one that was set, or much higher than 0.
 fn no_advance_undoes_an_earlier_write(store: &dyn CheckpointStore) {
     const HIGHER: i64 = 1 << 32;
-    let look = |start: i64, operation: &str| {
-        let found = get(store, "stairs");
-        assert!(
-            (start..start + HIGHER).contains(&found),
-            "conformance: an advance must not undo an earlier {operation}: {found} is stored, but \
-             {start} or a little more is expected"
-        );
-    };
-    // A thread that wakes from a pause may interrupt another one in the middle of an advance.
-    let look_twice = |start, operation| {
-        look(start, operation);
-        thread::sleep(Duration::from_micros(50));
-        look(start, operation);
+    let look_twice = |start: i64, operation: &str| {
+        // A thread that wakes from a pause may interrupt another one in the middle of an advance.
+        for pause in [Duration::ZERO, Duration::from_micros(50)] {
+            thread::sleep(pause);
+            let found = get(store, "stairs");
+            assert!(
+                (start..start + HIGHER).contains(&found),
+                "conformance: an advance must not undo an earlier {operation}: {found} is stored, but \
+                 {start} or a little more is expected"
+            );
+        }
     };
     let work = |round| {
         let start = 2 * round * HIGHER;
