@@ -230,7 +230,10 @@ impl Error {
     /// ```
     #[must_use]
     pub fn report(&self) -> impl fmt::Display + use<'_> {
-        Report(self)
+        let mut messages: Vec<_> = causes(self).map(|cause| one_line(&cause.to_string())).collect();
+        // Some libraries repeat their cause in their own message.
+        messages.dedup_by(|cause, message| message.ends_with(cause.as_str()));
+        messages.join(": ")
     }
 
     /// Returns whether this is a [`Conflict`](Error::Conflict): another worker has moved the checkpoint.
@@ -291,25 +294,6 @@ impl Error {
     }
 }
 
-struct Report<'a>(&'a Error);
-
-impl fmt::Display for Report<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut last = String::new();
-        for cause in causes(self.0) {
-            let message = one_line(&cause.to_string());
-            // Some libraries repeat their cause in their own message.
-            if last.ends_with(&message) {
-                continue;
-            }
-            let separator = if last.is_empty() { "" } else { ": " };
-            write!(f, "{separator}{message}")?;
-            last = message;
-        }
-        Ok(())
-    }
-}
-
 /// The error and its chain of causes.
 pub(crate) fn causes<'a>(
     error: &'a (dyn StdError + 'static),
@@ -328,22 +312,17 @@ fn transience(_source: &(dyn StdError + 'static)) -> Option<bool> {
 /// same as without the box. Otherwise it is a [`Backend`](Error::Backend) error, as from [`Error::backend`].
 impl From<Source> for Error {
     fn from(source: Source) -> Self {
-        let source = match source.downcast::<Self>() {
-            Ok(error) => return *error,
-            Err(source) => source,
-        };
+        let converted = unboxed::<Self>(source);
         #[cfg(feature = "postgres")]
-        let source = match source.downcast::<postgres::Error>() {
-            Ok(error) => return (*error).into(),
-            Err(source) => source,
-        };
-        #[cfg(feature = "postgres")]
-        let source = match source.downcast::<r2d2::Error>() {
-            Ok(error) => return (*error).into(),
-            Err(source) => source,
-        };
-        Self::backend("apply", source)
+        let converted =
+            converted.or_else(unboxed::<postgres::Error>).or_else(unboxed::<r2d2::Error>);
+        converted.unwrap_or_else(|source| Self::backend("apply", source))
     }
+}
+
+/// Converts what the box contains, or returns the box.
+fn unboxed<E: StdError + Into<Error> + 'static>(source: Source) -> Result<Error, Source> {
+    source.downcast::<E>().map(|error| (*error).into())
 }
 
 /// The name of the operation in the error of a statement that is the caller's own.
