@@ -301,16 +301,10 @@ impl HealthCheck {
     #[must_use]
     pub fn assess(&self, status: &ProjectionStatus, now: SystemTime) -> Health {
         let lag = status.lag;
-        if lag < 0 {
-            return Health::AheadOfHead { by: lag.saturating_neg() };
-        }
-        if lag == 0 {
-            return Health::CaughtUp;
-        }
-        let idle = status
-            .updated_at
-            .map(|updated_at| now.duration_since(updated_at).unwrap_or(Duration::ZERO));
+        let idle = status.updated_at.map(|saved| now.duration_since(saved).unwrap_or_default());
         match (idle, self.stalled_after) {
+            _ if lag < 0 => Health::AheadOfHead { by: lag.saturating_neg() },
+            _ if lag == 0 => Health::CaughtUp,
             (Some(idle), Some(limit)) if idle > limit => Health::Stalled { lag, idle },
             _ if lag >= self.critical_lag => Health::CriticallyLagging { lag },
             _ => Health::Lagging { lag },
