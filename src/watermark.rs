@@ -67,7 +67,7 @@ pub struct Watermark {
     window: Mutex<Window>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Window {
     watermark: i64,
     last_begun: i64,
@@ -105,12 +105,7 @@ impl Watermark {
     /// ```
     #[must_use]
     pub fn starting_at(offset: i64) -> Self {
-        let window = Window {
-            watermark: offset,
-            last_begun: offset,
-            begun: VecDeque::new(),
-            open: HashSet::new(),
-        };
+        let window = Window { watermark: offset, last_begun: offset, ..Window::default() };
         Self { window: Mutex::new(window) }
     }
 
@@ -170,10 +165,7 @@ impl Watermark {
         if !window.open.remove(&offset) {
             return Err(Error::InvalidOffset { offset, reason: "this event is not in flight" });
         }
-        while let Some(&first) = window.begun.front() {
-            if window.open.contains(&first) {
-                break;
-            }
+        while let Some(&first) = window.begun.front().filter(|first| !window.open.contains(first)) {
             window.begun.pop_front();
             window.watermark = first;
         }
