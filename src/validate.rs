@@ -76,10 +76,8 @@ pub fn validate_advance(projection: &str, from: i64, to: i64) -> Result<()> {
     validate_offset(from)?;
     validate_offset(to)?;
     if to < from {
-        return Err(Error::InvalidOffset {
-            offset: to,
-            reason: "`advance` cannot move a checkpoint back",
-        });
+        let reason = "`advance` cannot move a checkpoint back";
+        return Err(Error::InvalidOffset { offset: to, reason });
     }
     Ok(())
 }
