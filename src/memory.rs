@@ -1,7 +1,8 @@
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
+use crate::sync::lock;
 use crate::validate::{validate_advance, validate_all, validate_projection};
 use crate::{Checkpoint, CheckpointStore, Error, Result};
 
@@ -49,11 +50,6 @@ impl MemoryCheckpointStore {
     pub fn new() -> Self {
         Self::default()
     }
-
-    /// Nothing panics while the map is half changed, so a poisoned one is consistent.
-    fn rows(&self) -> MutexGuard<'_, HashMap<String, Row>> {
-        self.rows.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// Allocates only if the projection is new.
@@ -70,13 +66,12 @@ fn put(rows: &mut HashMap<String, Row>, projection: &str, offset: i64) {
 impl CheckpointStore for MemoryCheckpointStore {
     fn find(&self, projection: &str) -> Result<Option<Checkpoint>> {
         validate_projection(projection)?;
-        let row = self.rows().get(projection).copied();
+        let row = lock(&self.rows).get(projection).copied();
         Ok(row.map(|row| Checkpoint::new(projection, row.offset, row.updated_at)))
     }
 
     fn all(&self) -> Result<Vec<Checkpoint>> {
-        let mut checkpoints: Vec<_> = self
-            .rows()
+        let mut checkpoints: Vec<_> = lock(&self.rows)
             .iter()
             .map(|(name, row)| Checkpoint::new(name, row.offset, row.updated_at))
             .collect();
@@ -90,7 +85,7 @@ impl CheckpointStore for MemoryCheckpointStore {
 
     fn advance(&self, projection: &str, from: i64, to: i64) -> Result<()> {
         validate_advance(projection, from, to)?;
-        let mut rows = self.rows();
+        let mut rows = lock(&self.rows);
         let found = rows.get(projection).map_or(0, |row| row.offset);
         if found != from {
             return Err(Error::conflict(projection, from, found));
@@ -101,17 +96,17 @@ impl CheckpointStore for MemoryCheckpointStore {
 
     fn delete(&self, projection: &str) -> Result<bool> {
         validate_projection(projection)?;
-        Ok(self.rows().remove(projection).is_some())
+        Ok(lock(&self.rows).remove(projection).is_some())
     }
 
     fn get(&self, projection: &str) -> Result<i64> {
         validate_projection(projection)?;
-        Ok(self.rows().get(projection).map_or(0, |row| row.offset))
+        Ok(lock(&self.rows).get(projection).map_or(0, |row| row.offset))
     }
 
     fn save_many(&self, checkpoints: &[(&str, i64)]) -> Result<()> {
         validate_all(checkpoints)?;
-        let mut rows = self.rows();
+        let mut rows = lock(&self.rows);
         for &(projection, offset) in checkpoints {
             put(&mut rows, projection, offset);
         }

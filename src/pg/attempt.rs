@@ -8,7 +8,9 @@ use postgres::{Client, Transaction};
 
 use super::client::PooledClient;
 use super::connect_error::no_connection;
-use super::errors::{Cause, ErrorClass, Outcome, Rivals, failure, postgres_error, sql_state};
+use super::errors::{
+    Cause, ErrorClass, Outcome, Rivals, Subject, failure, postgres_error, sql_state,
+};
 use super::queries::{Lock, LockedRow, Queries, WhileTaken, is_not_as_given};
 use super::session::{DirectSession, Session, StatementCache};
 use crate::validate::validate_offset;
@@ -66,6 +68,7 @@ fn at(step: &'static str) -> impl Fn(Cause) -> Failed {
 pub(super) struct Attempt<'a> {
     queries: &'a Queries,
     projection: &'a str,
+    subject: Subject<'a>,
     while_taken: WhileTaken,
     /// Where a COMMIT that was not answered was to bring the checkpoint.
     pub(super) in_doubt: Option<i64>,
@@ -85,6 +88,7 @@ impl<'a> Attempt<'a> {
         Self {
             queries,
             projection,
+            subject: queries.about(projection),
             while_taken,
             in_doubt: None,
             losses: 0,
@@ -130,8 +134,7 @@ impl<'a> Attempt<'a> {
             self.exceeded = exceeded_limit(&mut tx, self.ran).map_err(at("lock"))?;
         }
         if self.losses >= LOSSES_WHILE_APPLYING {
-            let subject = self.queries.about(self.projection);
-            return Err(Failed::LostInClosure(no_connection("save", subject, LostTooOften)));
+            return Err(Failed::LostInClosure(no_connection("save", self.subject, LostTooOften)));
         }
         if let Some(cache) = &mut cache {
             self.queries.prepare_to_save(cache, &mut tx).map_err(at("lock"))?;
@@ -151,8 +154,7 @@ impl<'a> Attempt<'a> {
                 Ok(()) => Ok(Batch::NothingNew),
                 Err((_, cause)) if is_lost(&cause) => {
                     self.losses += 1;
-                    let subject = self.queries.about(self.projection);
-                    Err(Failed::LostInClosure(failure("apply", subject, cause)))
+                    Err(Failed::LostInClosure(failure("apply", self.subject, cause)))
                 }
                 Err((_, cause)) => Err(self.not_finished("apply", &lock, cause)),
             };
@@ -179,8 +181,7 @@ impl<'a> Attempt<'a> {
     fn not_finished(&mut self, step: &'static str, lock: &Lock, cause: Cause) -> Failed {
         match sql_state(cause.as_ref()) {
             Some(&SqlState::IN_FAILED_SQL_TRANSACTION) => {
-                let subject = self.queries.about(self.projection);
-                Failed::InClosure(failure("apply", subject, SWALLOWED))
+                Failed::InClosure(failure("apply", self.subject, SWALLOWED))
             }
             _ if is_not_as_given(&cause) => Failed::At("save", NotSaved(cause).into()),
             Some(&SqlState::UNIQUE_VIOLATION)
@@ -218,7 +219,7 @@ impl<'a> Attempt<'a> {
     /// Says which time limit of the server's has ended the connection under the closure, if one has.
     pub(super) fn explain(&self, error: Error) -> Error {
         let Some(limit) = &self.exceeded else { return error };
-        let subject = format!("{}: {limit}", self.queries.about(self.projection));
+        let subject = format!("{}: {limit}", self.subject);
         Error::Unavailable {
             operation: "apply",
             subject: Some(subject),

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::mem;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use postgres::{Client, Row};
@@ -13,6 +13,7 @@ use super::pool::{Loan, Peer, Pool};
 use super::prepared::name_the_pooler;
 use super::retry::{Call, NOTICE_AFTER};
 use super::session::{DirectSession, Parameters, Query, Session, StatementCache, is_stale};
+use crate::sync::lock;
 
 /// A connection that was used less than this time ago is used without a test.
 pub(crate) const TRUSTED: Duration = Duration::from_secs(1);
@@ -88,11 +89,11 @@ struct Moment(Mutex<Option<Instant>>);
 
 impl Moment {
     fn set(&self, moment: Instant) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(moment);
+        *lock(&self.0) = Some(moment);
     }
 
     fn is_before(&self, other: Instant) -> bool {
-        let moment = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let moment = *lock(&self.0);
         moment.is_none_or(|moment| moment < other)
     }
 }

@@ -6,8 +6,8 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicIsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,13 +19,14 @@ use super::connect_error::{ConnectError, Failure};
 use super::targets::{Address, Target};
 use super::unresponsive::{self, Login};
 use super::waiting::{Wait, spawn};
+use crate::sync::lock;
 
 /// How long one address may take to answer a connection attempt, unless the parameters say so.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(4);
 /// How long a login may take beyond the time that the network has.
 const LOGIN_MARGIN: Duration = Duration::from_secs(1);
 /// How many calls of a password provider may hang before no other is made.
-const MOST_HUNG_PROVIDERS: isize = 4;
+const MOST_HUNG_PROVIDERS: usize = 4;
 /// How long a connection is kept whose caller has given up.
 const SPARE_LIVES_FOR: Duration = Duration::from_secs(1);
 
@@ -43,7 +44,7 @@ pub(crate) struct Connector {
     limit: Duration,
     log_in: Box<LogIn>,
     password_provider: Option<Arc<PasswordProvider>>,
-    hung_providers: AtomicIsize,
+    hung_providers: AtomicUsize,
     /// A connection that was made after its caller had given up.
     spare: Mutex<Option<Client>>,
 }
@@ -62,7 +63,7 @@ impl Connector {
             limit: time.saturating_add(LOGIN_MARGIN),
             log_in: Box::new(log_in),
             password_provider,
-            hung_providers: AtomicIsize::new(0),
+            hung_providers: AtomicUsize::new(0),
             spare: Mutex::default(),
         })
     }
@@ -75,7 +76,7 @@ impl Connector {
         deadline: Instant,
         tell: &mut dyn FnMut(ConnectError),
     ) -> Result<Client, ConnectError> {
-        let spare = self.spare().take();
+        let spare = lock(&self.spare).take();
         match spare {
             Some(client) if client.is_closed() => close(client),
             Some(client) => return Ok(client),
@@ -196,14 +197,10 @@ impl Connector {
         outcome.map_err(Failure::Login)
     }
 
-    fn spare(&self) -> MutexGuard<'_, Option<Client>> {
-        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// On the thread of the login, which may wait until a connection is closed.
     fn keep_for_a_while(&self, late: Result<Client, Failure>) {
         let Ok(client) = late else { return };
-        let mut spare = self.spare();
+        let mut spare = lock(&self.spare);
         if spare.is_some() {
             drop(spare);
             return drop(client);
@@ -211,13 +208,13 @@ impl Connector {
         *spare = Some(client);
         drop(spare);
         thread::sleep(SPARE_LIVES_FOR);
-        let unused = self.spare().take();
+        let unused = lock(&self.spare).take();
         drop(unused);
     }
 }
 
 /// Counts a call of the provider as hung when its caller gives up, by a panic too.
-struct Hung<'a>(&'a AtomicIsize);
+struct Hung<'a>(&'a AtomicUsize);
 
 impl Drop for Hung<'_> {
     fn drop(&mut self) {
@@ -292,7 +289,7 @@ mod tests {
 
     fn wait_until_there_is_a_spare(connector: &Connector) {
         let deadline = Instant::now() + Duration::from_secs(60);
-        while connector.spare().is_none() {
+        while lock(&connector.spare).is_none() {
             assert!(Instant::now() < deadline, "it takes too long");
             thread::yield_now();
         }
@@ -336,7 +333,7 @@ mod tests {
         let answers = Mutex::new(answers);
         let shared = Arc::get_mut(&mut connector).expect("the only handle");
         shared.password_provider = Some(Arc::new(move || {
-            let answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
+            let answers = lock(&answers);
             Ok(answers.recv()?)
         }));
         // So long that an address would be held to be unresponsive.
@@ -371,7 +368,7 @@ mod tests {
         let answers = Mutex::new(answers);
         let shared = Arc::get_mut(&mut connector).expect("the only handle");
         shared.password_provider = Some(Arc::new(move || {
-            let answers = answers.lock().unwrap_or_else(PoisonError::into_inner);
+            let answers = lock(&answers);
             Ok(answers.recv()?)
         }));
         let deadline = Instant::now() + Duration::from_secs(60);

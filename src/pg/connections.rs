@@ -2,7 +2,7 @@
 //! whether a failure is followed by another attempt.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use super::pool::{Loan, NoThread, Pool};
 use super::prepared::{SharedSession, is_shared};
 use super::retry::{Call, Next, Observer, deadline_after};
 use crate::Result;
+use crate::sync::lock;
 
 /// How long an operation waits and retries, unless the builder is given another time.
 pub(crate) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -122,7 +123,7 @@ impl Connections {
 
     /// Tells the observer of a call that waits for others why they wait, if no connection can be made.
     pub(crate) fn observe_outage(&self, call: &mut Call<'_>) {
-        let outage = self.outage().clone();
+        let outage = lock(&self.outage).clone();
         if let Some(cause) = outage {
             call.observe(call.no_connection(cause));
         }
@@ -188,7 +189,7 @@ impl Connections {
                 }
                 Some(_) => self.lend(loan).tested(trusted, call)?,
                 None => {
-                    *self.outage() = None;
+                    *lock(&self.outage) = None;
                     self.lend(loan).tested(trusted, call)?
                 }
             };
@@ -209,7 +210,7 @@ impl Connections {
         let mut tell = |cause| call.observe(call.no_connection(self.note_outage(cause)));
         match connector.connect(deadline, &mut tell).and_then(|client| self.inspect(client)) {
             Ok(client) => {
-                *self.outage() = None;
+                *lock(&self.outage) = None;
                 let client = self.fill(slot, client);
                 Ok((!self.found_shared_session.load(Ordering::Relaxed)).then_some(client))
             }
@@ -249,13 +250,9 @@ impl Connections {
         PooledClient::new(loan, self.prepares, &self.history, &self.pool)
     }
 
-    fn outage(&self) -> MutexGuard<'_, Option<NoConnection>> {
-        self.outage.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn note_outage(&self, cause: impl Into<Cause>) -> NoConnection {
         let cause = NoConnection(cause.into().into());
-        *self.outage() = Some(cause.clone());
+        *lock(&self.outage) = Some(cause.clone());
         cause
     }
 
@@ -265,7 +262,7 @@ impl Connections {
         if self.pool.state().connections == size {
             return (AllInUse(size).into(), false);
         }
-        let outage = self.outage().clone();
+        let outage = lock(&self.outage).clone();
         match outage.filter(|_| !names_its_cause(&timeout)) {
             Some(cause) => (cause.into(), true),
             None if self.connector.is_some() => (AllInUse(size).into(), false),

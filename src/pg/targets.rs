@@ -2,10 +2,12 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use postgres::Config;
 use postgres::config::Host;
+
+use crate::sync::lock;
 
 const POSTGRES_PORT: u16 = 5432;
 
@@ -77,13 +79,13 @@ impl Target {
     /// Looks up the host name, for as long as that takes.
     pub(crate) fn look_up(&self) -> io::Result<Vec<Address>> {
         let addresses: Vec<_> = self.name.to_socket_addrs()?.map(Address::from).collect();
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&addresses);
+        lock(&self.known).clone_from(&addresses);
         Ok(addresses)
     }
 
     /// The addresses that the last lookup of the host name found.
     pub(crate) fn known_addresses(&self) -> Vec<Address> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.known).clone()
     }
 
     /// The parameters that lead to one of the addresses, and nowhere else.

@@ -10,12 +10,13 @@ use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use postgres::Config;
 
 use super::targets::Address;
+use crate::sync::lock;
 
 /// How many logins may be under way at one address.
 const MOST_LOGINS: usize = 4;
@@ -44,7 +45,7 @@ struct Record {
 
 /// Whether the last login at the address was not answered.
 pub(crate) fn contains(address: &Address) -> bool {
-    let mut records = lock();
+    let mut records = lock(&RECORDS);
     forget_expired(&mut records, Instant::now());
     records.get(address).is_some_and(|record| record.unresponsive_since.is_some())
 }
@@ -60,7 +61,7 @@ impl Login {
     /// the address does not answer a probe.
     pub(crate) fn begin(address: &Address, config: &Config, until: Instant) -> Option<Self> {
         let mut has_answered = false;
-        let mut records = lock();
+        let mut records = lock(&RECORDS);
         loop {
             let now = Instant::now();
             forget_expired(&mut records, now);
@@ -69,7 +70,7 @@ impl Login {
             if let (Some(peer), true) = (address.tcp, needs_probe) {
                 drop(records);
                 has_answered = answers_in_time(peer, &startup_message(config), until);
-                records = lock();
+                records = lock(&RECORDS);
                 if !has_answered {
                     // The logins under way may never be answered, not even when the peer has recovered. They
                     // need not be counted either: there is none before a probe is answered.
@@ -113,7 +114,7 @@ impl Login {
     }
 
     fn update<T>(&self, change: impl FnOnce(&mut Record, u64) -> T) {
-        let mut records = lock();
+        let mut records = lock(&RECORDS);
         change(records.entry(self.address.clone()).or_default(), self.id);
         forget_expired(&mut records, Instant::now());
         CHANGED.notify_all();
@@ -170,10 +171,6 @@ fn forget_expired(records: &mut Records, now: Instant) {
             record.unresponsive_since.filter(|since| now.duration_since(*since) < UNRESPONSIVE_FOR);
         !record.logins.is_empty() || record.unresponsive_since.is_some()
     });
-}
-
-fn lock() -> MutexGuard<'static, Records> {
-    RECORDS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Probes the address until it answers or the limit is reached, with more time for each step the
@@ -278,7 +275,7 @@ mod tests {
             assert!(waiting.join().expect("no panic"));
         });
         drop(logins);
-        assert!(!lock().contains_key(&address), "nothing is left over");
+        assert!(!lock(&RECORDS).contains_key(&address), "nothing is left over");
     }
 
     #[test]
@@ -291,13 +288,13 @@ mod tests {
         login.not_answered_since(long_ago());
         assert!(contains(&address));
         // It is still counted, until a probe shows that it may never be answered.
-        assert_eq!(lock()[&address].logins.len(), 1);
+        assert_eq!(lock(&RECORDS)[&address].logins.len(), 1);
         assert!(Login::begin(&address, &config(), soon()).is_none(), "nobody accepts");
-        assert_eq!(lock()[&address].logins.len(), 0);
+        assert_eq!(lock(&RECORDS)[&address].logins.len(), 0);
         assert!(contains(&address));
         login.answered();
         assert!(!contains(&address));
-        assert!(!lock().contains_key(&address), "nothing is left over");
+        assert!(!lock(&RECORDS).contains_key(&address), "nothing is left over");
     }
 
     #[test]
@@ -320,7 +317,7 @@ mod tests {
     fn begin_logins(address: &Address, age: Duration) {
         let start = Instant::now().checked_sub(age).expect("the machine has run for so long");
         for _ in 0..MOST_LOGINS {
-            lock().entry(address.clone()).or_default().add_login(start);
+            lock(&RECORDS).entry(address.clone()).or_default().add_login(start);
         }
     }
 
@@ -336,7 +333,7 @@ mod tests {
         let limit = Instant::now() + Duration::from_millis(200);
         assert!(Login::begin(&address, &config(), limit).is_none());
         login.answered();
-        assert!(!lock().contains_key(&address), "nothing is left over");
+        assert!(!lock(&RECORDS).contains_key(&address), "nothing is left over");
     }
 
     #[test]
