@@ -125,20 +125,9 @@ impl Failure {
 }
 
 /// No connection could be made. Calls that wait for one share the cause.
-#[derive(Debug, Clone)]
-pub(crate) struct NoConnection(pub(crate) Arc<dyn StdError + Send + Sync>);
-
-impl fmt::Display for NoConnection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("no connection could be made")
-    }
-}
-
-impl StdError for NoConnection {
-    fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        Some(&*self.0)
-    }
-}
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("no connection could be made")]
+pub(crate) struct NoConnection(#[source] pub(crate) Arc<dyn StdError + Send + Sync>);
 
 /// None of the pool's connections was given back in time.
 #[derive(Debug, thiserror::Error)]

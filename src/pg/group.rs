@@ -71,7 +71,7 @@ pub(crate) struct Group {
 }
 
 /// Each projection has one call at a time, so that its calls keep their order.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Queue {
     max_alone: usize,
     /// How many calls have begun and not returned.
@@ -125,13 +125,7 @@ impl Group {
     }
 
     fn with_max_alone(max_alone: usize) -> Self {
-        let queue = Queue {
-            max_alone,
-            calls: 0,
-            projections: HashMap::new(),
-            ready: Vec::new(),
-            under_way: Vec::new(),
-        };
+        let queue = Queue { max_alone, ..Queue::default() };
         Self { queue: Mutex::new(queue) }
     }
 

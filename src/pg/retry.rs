@@ -111,12 +111,7 @@ impl<'a> Call<'a> {
 
     /// The pause before the next attempt, or the error that ends the call.
     pub(crate) fn after(&mut self, error: Error, next: Next) -> Result<Duration, Error> {
-        let pause = match next {
-            Next::Fail => return Err(self.last(error)),
-            Next::Reconnect => self.reconnect.next(),
-            Next::Repeat => self.repeat.next(),
-        };
-        let Some(pause) = self.in_time(pause) else { return Err(self.last(error)) };
+        let Some(pause) = self.pause(next) else { return Err(self.last(error)) };
         self.observe(error);
         Ok(pause)
     }
@@ -127,19 +122,17 @@ impl<'a> Call<'a> {
         error: Error,
         next: Next,
     ) -> Result<Duration, Error> {
-        let pause = self.reconnect.next().max(self.reconnect.first);
-        let Some(pause) = self.in_time(pause).filter(|_| next != Next::Fail) else {
+        let Some(pause) = self.pause(next) else {
             return Err(self.last_without_a_connection(error));
         };
         self.observe(error);
-        Ok(pause)
+        Ok(pause.max(self.reconnect.first))
     }
 
     /// The same after a COMMIT that was not answered. Until its outcome is known the call ends with this
     /// error, whatever follows.
     pub(crate) fn after_a_doubt(&mut self, error: Error) -> Result<Duration, Error> {
-        let pause = self.reconnect.next();
-        let Some(pause) = self.in_time(pause) else { return Err(error) };
+        let Some(pause) = self.pause(Next::Reconnect) else { return Err(error) };
         self.tell(&error);
         self.in_doubt = Some(error);
         Ok(pause)
@@ -150,10 +143,16 @@ impl<'a> Call<'a> {
         if self.left().is_zero() { Err(self.last_without_a_connection(error)) } else { Ok(error) }
     }
 
-    /// The pause, or as much of it as leaves half of the time to the attempt that follows; `None` if the
+    /// A pause that leaves half of the time to the attempt that follows; `None` if none is to follow, or the
     /// time is as good as over.
-    fn in_time(&self, pause: Duration) -> Option<Duration> {
+    fn pause(&mut self, next: Next) -> Option<Duration> {
+        /// No attempt begins with less time. It is twice the first pause before another login.
         const SHORTEST_ATTEMPT: Duration = Duration::from_millis(100);
+        let pause = match next {
+            Next::Fail => return None,
+            Next::Reconnect => self.reconnect.next(),
+            Next::Repeat => self.repeat.next(),
+        };
         let left = self.left();
         (left > SHORTEST_ATTEMPT).then(|| pause.min(left / 2))
     }
