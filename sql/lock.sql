@@ -1,4 +1,4 @@
-SELECT "offset", pg_catalog.date_part('epoch', pg_catalog.transaction_timestamp()) AS began
+SELECT "offset", CURRENT_TIMESTAMP AS began
 FROM public.projection_checkpoints
 WHERE projection_name OPERATOR(pg_catalog.=) $1
 FOR UPDATE;

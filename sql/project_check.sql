@@ -1,6 +1,4 @@
 SELECT 1 OPERATOR(pg_catalog./) pg_catalog.count(*)
 FROM public.projection_checkpoints
 WHERE projection_name OPERATOR(pg_catalog.=) $1
-  AND "offset" OPERATOR(pg_catalog.=) $2
-  AND pg_catalog.date_part('epoch', pg_catalog.transaction_timestamp())
-      OPERATOR(pg_catalog.=) $3::pg_catalog.float8;
+  AND "offset" OPERATOR(pg_catalog.=) $2;

@@ -1,6 +1,7 @@
 //! Names and values in the text of a statement.
 
 use std::fmt;
+use std::time::SystemTime;
 
 use crate::{Error, Result};
 
@@ -92,6 +93,17 @@ pub(crate) fn literal(text: &str) -> String {
     }
     let hex: Vec<_> = text.bytes().map(|byte| format!("{byte:02x}")).collect();
     format!("pg_catalog.convert_from(pg_catalog.decode('{}', 'hex'), 'UTF8')", hex.concat())
+}
+
+/// An expression for a time, to the microsecond, that means the same whatever the server's settings are.
+pub(crate) fn time_literal(time: SystemTime) -> String {
+    const SECONDS_A_DAY: u64 = 86_400;
+    const JULIAN_DAY_OF_1970: u64 = 2_440_588;
+    let time = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let (day, second) = (time.as_secs() / SECONDS_A_DAY, time.as_secs() % SECONDS_A_DAY);
+    let (hour, minute) = (second / 3_600, second / 60 % 60);
+    let (day, second, micros) = (JULIAN_DAY_OF_1970 + day, second % 60, time.subsec_micros());
+    format!("'J{day} {hour:02}:{minute:02}:{second:02}.{micros:06}+00'")
 }
 
 #[cfg(test)]
@@ -231,5 +243,13 @@ mod tests {
         let rendered = table.render("SELECT FROM public.projection_checkpoints");
         assert_eq!(rendered, "SELECT FROM \"s\".\"public.projection_checkpoints\"");
         Ok(())
+    }
+
+    #[test]
+    fn a_time_is_a_julian_day_and_a_time_of_day_with_microseconds() {
+        let time = |micros| SystemTime::UNIX_EPOCH + std::time::Duration::from_micros(micros);
+        assert_eq!(time_literal(time(0)), "'J2440588 00:00:00.000000+00'");
+        // 2026-11-28 23:59:59.000001
+        assert_eq!(time_literal(time(1_795_910_399_000_001)), "'J2461373 23:59:59.000001+00'");
     }
 }

@@ -77,10 +77,10 @@ impl PostgresCheckpointStore {
     ///
     /// It must not end the transaction: if it runs COMMIT or ROLLBACK, `project` returns an error and does not
     /// save the offset, although what was committed stays. That is so even if the closure begins another
-    /// transaction. If a statement may fail, run it inside a savepoint, which `tx.transaction()` creates. A
-    /// statement that fails outside a savepoint fails the whole batch. If the closure ignores that error, the
-    /// batch fails with a [`Backend`](crate::Error::Backend) error that is not transient, whatever the ignored
-    /// one was.
+    /// transaction; it is not found out only if another worker has meanwhile saved the very same offset. If a
+    /// statement may fail, run it inside a savepoint, which `tx.transaction()` creates. A statement that fails
+    /// outside a savepoint fails the whole batch. If the closure ignores that error, the batch fails with a
+    /// [`Backend`](crate::Error::Backend) error that is not transient, whatever the ignored one was.
     ///
     /// Inside the closure, do not write through the store. `save`, `save_many`, `advance`, `delete`, `project`
     /// and `try_project` of the same store return an error there, because they would wait for the closure's own

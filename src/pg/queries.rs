@@ -9,7 +9,7 @@ use postgres::{GenericClient, Row};
 
 use super::errors::{Cause, Outcome, Rivals, Subject};
 use super::group::{Stored, Write};
-use super::identifier::{Table, literal};
+use super::identifier::{Table, literal, time_literal};
 use super::session::{Session, StatementCache};
 use super::statements::Statements;
 use crate::{Checkpoint, Error};
@@ -189,7 +189,7 @@ impl Queries {
         };
         let rows = session.query(query, &[&projection])?;
         let Some(row) = rows.first() else { return Ok(None) };
-        let (offset, began) = (row.try_get("offset")?, row.try_get("began")?);
+        let (offset, Timestamp(began)) = (row.try_get("offset")?, row.try_get("began")?);
         Ok(Some(Lock { row: LockedRow::There, offset, began }))
     }
 
@@ -208,7 +208,8 @@ impl Queries {
         };
         let rows = session.query(query, &[&projection, &self.table.to_string()])?;
         let row = unless_hidden(&rows)?;
-        let lock = Lock { row: LockedRow::Absent, offset: 0, began: row.try_get("began")? };
+        let Timestamp(began) = row.try_get("began")?;
+        let lock = Lock { row: LockedRow::Absent, offset: 0, began };
         Ok(row.try_get::<_, bool>("is_locked")?.then_some(lock))
     }
 
@@ -223,9 +224,10 @@ impl Queries {
     }
 
     /// Saves what `project` has locked and commits, in one message. It fails before the COMMIT unless the row
-    /// is there as it was given. If the closure has ended the transaction it fails too, and no row is written,
-    /// because another transaction began at another time. So nothing is saved without the lock, and a save
-    /// never waits for a transaction that the closure has prepared.
+    /// is there as it was given. If the closure has ended the transaction no row is written, because another
+    /// transaction began at another time. So nothing is saved without the lock, and a save never waits for a
+    /// transaction that the closure has prepared. The check costs too much to compare that time, too, and so
+    /// passes if somebody else has brought the row to the same offset since the closure ended the transaction.
     ///
     /// The name is written in ASCII, which is the same in any encoding. After a name beyond ASCII an encoding
     /// that the closure has set is set back, or the next call would be about another name.
@@ -240,7 +242,7 @@ impl Queries {
             LockedRow::There => &self.sql.project_save,
             LockedRow::Absent => &self.sql.project_create,
         };
-        let parameters = [literal(projection), offset.to_string(), format!("{:?}", lock.began)];
+        let parameters = [literal(projection), offset.to_string(), time_literal(lock.began)];
         let text = |template| StatementCache::text(cache, template, &parameters);
         let (save, check) = (text(save), text(&self.sql.project_check));
         let encoding = if projection.is_ascii() { "" } else { "SET client_encoding = 'UTF8';" };
@@ -259,8 +261,8 @@ pub(crate) enum WhileTaken {
 pub(crate) struct Lock {
     pub(crate) row: LockedRow,
     pub(crate) offset: i64,
-    /// When the transaction began, in seconds since 1970. It tells the transaction from the next one.
-    began: f64,
+    /// When the transaction began, which tells it from the next one.
+    began: SystemTime,
 }
 
 /// Whether the row of a locked projection is there.

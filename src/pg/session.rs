@@ -82,10 +82,11 @@ impl StatementCache {
         if self.keeps_no_names || self.names.contains_key(sql) {
             return Ok(());
         }
-        // At random, because clients that meet in a session must not meet in a name.
+        // At random, because clients that meet in a session must not meet in a name. Not every statement uses
+        // all three parameters.
         let name = format!("checkpoint_store_{:016x}", RandomState::new().hash_one(sql));
         client.batch_execute(&format!(
-            "PREPARE {name} (pg_catalog.text, pg_catalog.int8, pg_catalog.float8) AS {sql}"
+            "PREPARE {name} (pg_catalog.text, pg_catalog.int8, pg_catalog.timestamptz) AS {sql}"
         ))?;
         self.names.insert(sql.clone(), name);
         Ok(())

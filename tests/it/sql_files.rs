@@ -14,9 +14,9 @@ fn parameters(file: &str) -> (&'static str, &'static str) {
         "lock_new.sql" | "lock_absent.sql" | "try_lock_absent.sql" => {
             ("(text, text)", "('it''s', 'public.projection_checkpoints')")
         }
-        "save.sql" => ("(text, bigint)", "('it''s', 42)"),
-        "project_save.sql" | "project_create.sql" | "project_check.sql" => {
-            ("(text, bigint, float8)", "('it''s', 42, date_part('epoch', now()))")
+        "save.sql" | "project_check.sql" => ("(text, bigint)", "('it''s', 42)"),
+        "project_save.sql" | "project_create.sql" => {
+            ("(text, bigint, timestamptz)", "('it''s', 42, now())")
         }
         "advance.sql" | "advance_or_find.sql" => ("(text, bigint, bigint)", "('it''s', 0, 42)"),
         "save_many.sql" => ("(text[], bigint[])", "('{a, b}', '{1, 2}')"),

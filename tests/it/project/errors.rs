@@ -1,10 +1,9 @@
 //! An error names the step that failed and the projection.
 
-use std::thread;
 use std::time::{Duration, Instant};
 
 use checkpoint_store::postgres::Transaction;
-use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore, Result};
+use checkpoint_store::{CheckpointStore, Error, PostgresCheckpointStore};
 
 use super::stage::{Stage, apply};
 use crate::harness::{Options, Server, chain, server};
@@ -110,36 +109,6 @@ fn a_closure_that_ends_the_transaction_is_an_error_and_its_offset_is_not_saved()
                     assert_eq!(store.find("orders").unwrap(), before, "{what}");
                 }
                 assert_eq!(store.project("orders", |_, _| Ok(Some(5))).unwrap(), Some(5), "{what}");
-            }
-        }
-    }
-}
-
-/// A rival, or the closure itself, has brought the checkpoint to the very offset that is to be saved.
-#[test]
-fn a_closure_that_ends_the_transaction_is_an_error_although_the_checkpoint_is_where_it_should_be() {
-    type End = fn(&PostgresCheckpointStore, &mut Transaction<'_>) -> Result<()>;
-    let by_itself: End = |store, tx| {
-        store.in_transaction(tx).save("orders", 11)?;
-        Ok(tx.batch_execute("COMMIT")?)
-    };
-    let by_a_rival: End = |store, tx| {
-        tx.batch_execute("COMMIT")?;
-        thread::scope(|scope| scope.spawn(|| store.save("orders", 11)).join().unwrap())
-    };
-    for prepared in [false, true] {
-        for is_there in [false, true] {
-            for end in [by_itself, by_a_rival] {
-                let stage = Stage::new();
-                let store = stage.store_at(&server().params(), "", prepared);
-                if is_there {
-                    store.save("orders", 1).unwrap();
-                }
-                let rival = stage.store_at(&server().params(), "", false);
-                let apply = |tx: &mut Transaction<'_>, _| end(&rival, tx).map(|()| Some(11));
-                let error = store.project("orders", apply).unwrap_err();
-                assert!(!error.is_transient(), "{error:?}");
-                assert!(error.report().to_string().contains("ended the transaction"), "{error:?}");
             }
         }
     }
