@@ -29,7 +29,7 @@ const ROUND: Duration = Duration::from_secs(1);
 /// The connections of one store and all its clones.
 pub(crate) struct Connections {
     pool: Arc<Pool>,
-    pub(crate) timeout: Duration,
+    timeout: Duration,
     /// Whether statements are prepared and kept with the connections.
     prepares: bool,
     observer: Option<Arc<Observer>>,
@@ -115,10 +115,14 @@ impl Connections {
         self.history.note(class);
     }
 
+    /// The deadline of a call whose time begins now.
+    pub(crate) fn deadline(&self) -> Instant {
+        deadline_after(self.timeout)
+    }
+
     /// A call that begins now.
     pub(crate) fn call<'a>(&'a self, operation: &'static str, subject: Subject<'a>) -> Call<'a> {
-        let deadline = deadline_after(self.timeout);
-        Call::new(operation, subject, deadline, self.observer.as_deref())
+        Call::new(operation, subject, self.deadline(), self.observer.as_deref())
     }
 
     /// Tells the observer of a call that waits for others why they wait, if no connection can be made.

@@ -12,7 +12,7 @@ use super::errors::{failure, postgres_error};
 use super::inside::{Inside, is_inside};
 use super::prepared::name_the_pooler;
 use super::queries::WhileTaken;
-use super::retry::{Next, deadline_after};
+use super::retry::Next;
 use super::session::{StatementCache, is_stale};
 use crate::validate::validate_projection;
 use crate::{Error, Result};
@@ -217,7 +217,7 @@ impl PostgresCheckpointStore {
             // However long the closure has run: the time to retry begins with the first attempt that fails.
             if is_first_attempt {
                 is_first_attempt = false;
-                call.deadline = deadline_after(connections.timeout);
+                call.deadline = connections.deadline();
             }
             // Another attempt is safe: nothing was committed, or the next one finds out under the lock.
             let (error, next) = match failed {

@@ -24,13 +24,16 @@ pub(crate) struct Template {
     sql: String,
     /// What stands before the first parameter, and each parameter's number with what follows it.
     pieces: Vec<String>,
+    /// How many of the parameters it has.
+    count: usize,
 }
 
 impl Template {
     /// `render` completes the text between the parameters, and may bring in what looks like one.
     pub(crate) fn new(sql: &str, render: impl FnMut(&str) -> String) -> Self {
+        let count = ["$1", "$2", "$3"].iter().filter(|parameter| sql.contains(**parameter)).count();
         let pieces: Vec<_> = sql.split('$').map(render).collect();
-        Self { sql: pieces.join("$"), pieces }
+        Self { sql: pieces.join("$"), pieces, count }
     }
 
     /// The statement with these expressions as its parameters.
@@ -82,12 +85,11 @@ impl StatementCache {
         if self.keeps_no_names || self.names.contains_key(sql) {
             return Ok(());
         }
-        // At random, because clients that meet in a session must not meet in a name. Not every statement uses
-        // all three parameters.
+        // At random, because clients that meet in a session must not meet in a name.
         let name = format!("checkpoint_store_{:016x}", RandomState::new().hash_one(sql));
-        client.batch_execute(&format!(
-            "PREPARE {name} (pg_catalog.text, pg_catalog.int8, pg_catalog.timestamptz) AS {sql}"
-        ))?;
+        let types = ["pg_catalog.text", "pg_catalog.int8", "pg_catalog.timestamptz"];
+        let types = types[..template.count].join(", ");
+        client.batch_execute(&format!("PREPARE {name} ({types}) AS {sql}"))?;
         self.names.insert(sql.clone(), name);
         Ok(())
     }
@@ -99,7 +101,9 @@ impl StatementCache {
         parameters: &[String; 3],
     ) -> String {
         match cache.and_then(|cache| cache.names.get(&template.sql)) {
-            Some(name) => format!("EXECUTE {name} ({});", parameters.join(", ")),
+            Some(name) => {
+                format!("EXECUTE {name} ({});", parameters[..template.count].join(", "))
+            }
             None => template.with(parameters),
         }
     }
