@@ -6,6 +6,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::slice;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -91,8 +92,8 @@ impl Connector {
         while !untried.is_empty() {
             // Those that have not answered the last time go last, and the others keep their order.
             untried.sort_by_cached_key(|(target, address)| {
-                let given = address.as_ref().map(|address| vec![address.clone()]);
-                let known = given.unwrap_or_else(|| target.known_addresses());
+                let known = target.known_addresses();
+                let known = address.as_ref().map_or(&*known, slice::from_ref);
                 !known.is_empty() && known.iter().all(unresponsive::contains)
             });
             let (target, address) = untried.remove(0);
@@ -256,6 +257,7 @@ fn is_timeout(error: &postgres::Error) -> bool {
 mod tests {
     use std::io::{Read, Write};
     use std::net::{TcpListener, TcpStream};
+    use std::sync::mpsc::{Sender, channel};
 
     use postgres::NoTls;
 
@@ -285,6 +287,18 @@ mod tests {
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_millis(100)
+    }
+
+    /// It returns when it is sent its answer.
+    fn give_a_provider_that_hangs(connector: &mut Arc<Connector>) -> Sender<String> {
+        let (answer, answers) = channel();
+        let answers = Mutex::new(answers);
+        let connector = Arc::get_mut(connector).expect("the only handle");
+        connector.password_provider = Some(Arc::new(move || {
+            let answers = lock(&answers);
+            Ok(answers.recv()?)
+        }));
+        answer
     }
 
     fn wait_until_there_is_a_spare(connector: &Connector) {
@@ -329,13 +343,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = Address::from(listener.local_addr().expect("bound"));
         let mut connector = connector(&listener);
-        let (answer, answers) = std::sync::mpsc::channel();
-        let answers = Mutex::new(answers);
-        let shared = Arc::get_mut(&mut connector).expect("the only handle");
-        shared.password_provider = Some(Arc::new(move || {
-            let answers = lock(&answers);
-            Ok(answers.recv()?)
-        }));
+        let answer = give_a_provider_that_hangs(&mut connector);
         // So long that an address would be held to be unresponsive.
         let deadline = Instant::now() + Duration::from_millis(1_500);
         let error = connector.connect(deadline, &mut drop).map(drop).expect_err("it hangs");
@@ -364,13 +372,7 @@ mod tests {
     fn a_provider_that_hangs_is_counted_until_it_returns_even_if_the_observer_panics() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
         let mut connector = connector(&listener);
-        let (answer, answers) = std::sync::mpsc::channel::<String>();
-        let answers = Mutex::new(answers);
-        let shared = Arc::get_mut(&mut connector).expect("the only handle");
-        shared.password_provider = Some(Arc::new(move || {
-            let answers = lock(&answers);
-            Ok(answers.recv()?)
-        }));
+        let answer = give_a_provider_that_hangs(&mut connector);
         let deadline = Instant::now() + Duration::from_secs(60);
         let connect = || connector.connect(deadline, &mut |_| panic!("on purpose")).map(drop);
         assert!(catch_unwind(AssertUnwindSafe(connect)).is_err());
